@@ -1,0 +1,218 @@
+"""What the command line prints: tables and progress bars (rich)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from .datagen import Progress as GenerateProgress
+from .datasets import QUALITIES, Collection
+from .evaluation import CONDITIONS
+from .experiment import RunTest, TrainProgress
+
+console = Console()
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
+    """Print rows that share their keys; numbers are right-aligned."""
+    if not rows:
+        console.print("nothing to show")
+        return
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in rows[0]:
+        numeric = all(isinstance(row[name], int | float) or row[name] == "-" for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("-" if value is None else _text(value) for value in row.values()))
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+class _Rate(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate as text."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} steps/s", style="cyan")
+
+
+def _bars() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Rate(),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    # where nobody watches, bars would only fill the log; plain lines are printed instead
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+class _Bars:
+    """Progress bars as a context manager."""
+
+    def __init__(self) -> None:
+        self.progress = _bars()
+
+    def __enter__(self) -> Any:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+
+class GenerateBars(_Bars, GenerateProgress):
+    """One bar for the whole collection and one per task under way."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self._bars: dict[int, Any] = {}
+
+    def begin(self, tasks: int, steps_per_task: int, sealed: int) -> None:
+        """Draw the overall bar."""
+        self.tasks, self.steps, self.sealed = tasks, steps_per_task, sealed
+        done = f", {sealed} finished earlier" if sealed else ""
+        console.print(f"{self.name}: {tasks} tasks of {steps_per_task:,} environment steps{done}")
+        self.overall = self.progress.add_task("all tasks", total=tasks * steps_per_task, completed=sealed * steps_per_task)
+
+    def update(self, task: int, what: str, amount: int) -> None:
+        """Advance a task's bar and the overall one."""
+        if what == "steps":
+            if task not in self._bars:
+                self._bars[task] = self.progress.add_task(f"task {task}", total=self.steps)
+            self.progress.advance(self._bars[task], amount)
+            self.progress.advance(self.overall, amount)
+        elif what == "sealed":
+            self.sealed += 1
+            if task in self._bars:
+                self.progress.remove_task(self._bars.pop(task))
+            if self.progress.disable:
+                console.print(f"task {task} sealed ({self.sealed} of {self.tasks})")
+
+
+class TrainBars(_Bars, TrainProgress):
+    """One bar per seed."""
+
+    def begin(self, run_dir: Path, seeds: tuple[int, ...], steps: int) -> None:
+        """Draw the bars."""
+        console.print(f"training {run_dir}: {steps:,} gradient steps, seeds {', '.join(map(str, seeds))}")
+        self._seeds = {seed: self.progress.add_task(f"seed {seed}", total=steps) for seed in seeds}
+        self._printed = dict.fromkeys(seeds, 0)
+        self._every = max(1, steps // 10)
+
+    def update(self, seed: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Advance a seed's bar; without a terminal, print a line every tenth of the run."""
+        self.progress.update(self._seeds[seed], completed=step)
+        if self.progress.disable and metrics and step // self._every > self._printed[seed]:
+            self._printed[seed] = step // self._every
+            shown = ", ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4])
+            console.print(f"seed {seed} step {step:,}: {shown}")
+
+
+def collection_row(collection: Collection) -> dict[str, Any]:
+    """One line of `data list`."""
+    tasks = collection.tasks
+    episodes = sum(entry.counts["mixed"].episodes for entry in tasks)
+    return {
+        "path": str(collection.path),
+        "name": collection.name,
+        "version": collection.version,
+        "family": collection.family,
+        "tasks": f"{len(collection.train_tasks())} / {len(collection.test_tasks())}",
+        "experts": f"{sum(entry.record.references.reached_expert for entry in tasks)} of {len(tasks)}",
+        "episodes": episodes,
+        "transitions": sum(entry.counts["mixed"].steps for entry in tasks),
+        "licence": collection.licence,
+        "content": collection.content_hash[:12],
+    }
+
+
+def collection_document(collection: Collection) -> dict[str, Any]:
+    """Everything `data show --json` prints."""
+    return {
+        **collection_row(collection),
+        "content": collection.content_hash,
+        "authors": list(collection.authors),
+        "settings": dict(collection.settings),
+        "quality": quality_rows(collection),
+        "tasks_detail": task_rows(collection),
+    }
+
+
+def quality_rows(collection: Collection) -> list[dict[str, Any]]:
+    """Tasks, episodes, transitions and mean return per quality."""
+    rows = []
+    for quality in QUALITIES:
+        counts = [entry.counts[quality] for entry in collection.tasks]
+        rows.append(
+            {
+                "quality": quality,
+                "tasks": sum(count.episodes > 0 for count in counts),
+                "episodes": sum(count.episodes for count in counts),
+                "transitions": sum(count.steps for count in counts),
+            }
+        )
+    return rows
+
+
+def task_rows(collection: Collection) -> list[dict[str, Any]]:
+    """References of every task, and what its expert's absolute test measured."""
+    return [
+        {
+            "task": entry.index,
+            "split": entry.split,
+            "random": entry.record.references.random,
+            "expert": entry.record.references.expert,
+            "reached expert": "yes" if entry.record.references.reached_expert else "NO",
+            "test": entry.record.references.expert_test,
+        }
+        for entry in collection.tasks
+    ]
+
+
+def print_collection(collection: Collection, tasks: bool = False) -> None:
+    """Print a collection's card."""
+    row = collection_row(collection)
+    console.print(f"[bold]{row['name']}[/] {row['version']} at {row['path']}, content {row['content']}")
+    by = ", ".join(collection.authors) or "no author given"
+    console.print(f"{row['family']}, train / test tasks {row['tasks']}, licence {row['licence']}, by {by}")
+    print_table(quality_rows(collection))
+    failed = [entry.index for entry in collection.tasks if not entry.record.references.reached_expert]
+    if failed:
+        listed = ", ".join(map(str, failed[:20])) + (", ..." if len(failed) > 20 else "")
+        console.print(f"{len(failed)} of {len(collection.tasks)} tasks never reached expert: {listed}")
+    if tasks:
+        print_table(task_rows(collection))
+
+
+def print_test(tested: RunTest) -> None:
+    """Print a meta-test's table: every condition with its interval over seeds."""
+    result = tested.first
+    where = "held-out context of the training tasks" if result.heldout_only else "unseen tasks"
+    rows = []
+    for condition in CONDITIONS:
+        if condition not in result.conditions:
+            continue
+        row: dict[str, Any] = {"condition": condition, "return": str(tested.over_seeds("mean", condition))}
+        if result.optimum is not None:
+            row["share of optimum"] = str(tested.over_seeds("share_of_optimum", condition))
+        if result.counted.any():
+            row["normalised score"] = str(tested.over_seeds("score", condition))
+        rows.append(row)
+    title = (
+        f"{result.family}, {len(result.task_indices)} test tasks ({where}), {result.quality} context of "
+        f"{tested.context_size} transitions, {tested.episodes} episodes a task, {len(tested.results)} seed(s)"
+    )
+    print_table(rows, title)
+    console.print("intervals: 95% over training seeds")
+    if result.skipped:
+        console.print(f"test tasks without {result.quality} data, left out: {', '.join(map(str, result.skipped))}")
+    uncounted = len(result.counted) - int(result.counted.sum())
+    if uncounted:
+        console.print(f"{uncounted} of {len(result.counted)} behaviour experts failed their test, so their tasks are not in the score")

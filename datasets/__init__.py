@@ -1,0 +1,55 @@
+"""The dataset format: episodes, task stores, collections. Imports no torch and no gymnasium.
+
+collect   begin_collection -> write_segment ... -> seal_task ... -> commit_collection       collecting.py
+read      open_collection -> Collection.load, load_training, load_context                    collection.py
+check     verify_collection                                                                  integrity.py
+re-cut    relabel_collection                                                                 collecting.py
+"""
+
+from .collecting import (
+    begin_collection,
+    commit_collection,
+    is_sealed,
+    list_segments,
+    read_segment,
+    relabel_collection,
+    seal_task,
+    write_segment,
+)
+from .collection import Collection, find_collections, is_committed, open_collection
+from .episodes import QUALITIES, End, Episodes, Quality, Transitions
+from .integrity import VerifyReport, verify_collection
+from .quality import QualityRule, checkpoint_scores, draw_heldout, label_checkpoints
+from .records import CollectionHeader, References, TaskRecord
+from .tasks import Count, TaskEntry
+
+__all__ = [
+    "QUALITIES",
+    "Collection",
+    "CollectionHeader",
+    "Count",
+    "End",
+    "Episodes",
+    "Quality",
+    "QualityRule",
+    "References",
+    "TaskEntry",
+    "TaskRecord",
+    "Transitions",
+    "VerifyReport",
+    "begin_collection",
+    "checkpoint_scores",
+    "commit_collection",
+    "draw_heldout",
+    "find_collections",
+    "is_committed",
+    "is_sealed",
+    "label_checkpoints",
+    "list_segments",
+    "open_collection",
+    "read_segment",
+    "relabel_collection",
+    "seal_task",
+    "verify_collection",
+    "write_segment",
+]

@@ -1,0 +1,296 @@
+"""Building a collection: begin, write segments, seal tasks, commit. Every step is atomic and may be repeated.
+
+    begin_collection   staging/header.json                    what is being built; a rerun must agree with it
+    write_segment      staging/task_0003/ckpt_000050000/      the episodes of one checkpoint
+    seal_task          tasks/task_0003.zarr/                  all segments, labelled, with a held-out draw
+    commit_collection  README.md, dataset.json                checksums; from here on it is complete and read-only
+                       staging/ is deleted
+
+Killed anywhere, the same calls again finish the work and lose the step under way at most. One process at a time works
+on a task; different tasks may be written by different processes.
+"""
+
+import datetime
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import FocalError
+from .card import dataset_card
+from .collection import (
+    COLLECTION_FORMAT,
+    DOCUMENT,
+    MAX_DOCUMENT_BYTES,
+    STAGING,
+    Collection,
+    check_allowed,
+    check_belongs,
+    collection_hash,
+    document_hash,
+    generate_command,
+    inspect_tasks,
+    is_committed,
+    open_collection,
+)
+from .episodes import Episodes
+from .quality import QualityRule, label_episodes
+from .records import CollectionHeader, TaskRecord, differences
+from .storage import (
+    list_files,
+    make_folder,
+    new_folder,
+    read_json,
+    remove_folder,
+    remove_temporaries,
+    replace_file,
+    to_json,
+    write_file,
+    writing,
+)
+from .store import inspect_store, write_store
+from .tasks import store_path, task_name, write_task
+
+SEGMENT_FORMAT = "focal-segment/1"
+
+_HEADER = "header.json"
+_SEGMENT = re.compile(r"ckpt_(\d{9,})")
+
+
+def begin_collection(path: Path, header: CollectionHeader) -> None:
+    """Start a collection at `path`, or find the one under way there that has the same header.
+
+    Raises `FocalError` when the folder holds a complete collection, one begun with another header (naming what
+    differs), or anything else.
+    """
+    if is_committed(path):
+        raise FocalError(f"{path} is complete and never changed; choose another folder with -o, or delete {path}")
+    staging = path / STAGING
+    if (staging / _HEADER).is_file():
+        _check_header(path, header)
+        return
+    if path.exists() and (strange := _strange_entries(path)):
+        raise FocalError(
+            f"{path} holds {strange[0]!r}, expected a new or empty folder or a collection under way; "
+            "choose another folder with -o"
+        )
+    make_folder(staging)
+    remove_temporaries(staging, _HEADER)
+    replace_file(staging / _HEADER, to_json(header.to_json()))
+
+
+def _strange_entries(path: Path) -> list[str]:
+    """What is in the way of a new collection; a staging folder without a header is a beginning that was killed."""
+    if not path.is_dir():
+        return [path.name]
+    names = [entry.name for entry in path.iterdir() if entry.name != STAGING]
+    staging = path / STAGING
+    return sorted(names) + sorted(
+        p.name for p in staging.glob("*") if staging.is_dir() and not p.name.startswith(".tmp-")
+    )
+
+
+def _check_header(path: Path, header: CollectionHeader) -> None:
+    document = read_json(path / STAGING / _HEADER, MAX_DOCUMENT_BYTES)
+    if changed := differences(document, header.to_json()):
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise FocalError(
+            f"{path} was begun with other settings: {changed[0]}{more}; choose another folder with -o, "
+            f"or finish that one: {generate_command(path)}"
+        )
+
+
+def write_segment(collection: Path, task_index: int, sac_step: int, episodes: Episodes) -> None:
+    """Store the episodes of one checkpoint durably. One that exists is kept, and the call does nothing.
+
+    Raises `FocalError` for inconsistent episodes or a full disk.
+    """
+    where = f"task {task_index}, segment at step {sac_step}"
+    if not (collection / STAGING / _HEADER).is_file():
+        raise FocalError(f"{collection} is no collection under way; run focal-cli data generate")
+    final = _segment_path(collection, task_index, sac_step)
+    if final.exists():
+        return
+    episodes.validate(where)
+    if not episodes.num_episodes or (episodes.sac_steps != sac_step).any():
+        raise FocalError(
+            f"{where}: found sac_steps {episodes.sac_steps[:3].tolist()}, expected {sac_step} in all episodes"
+        )
+    make_folder(final.parent)
+    with new_folder(final) as folder:
+        write_store(folder, SEGMENT_FORMAT, episodes, {"task": task_index, "sac_step": sac_step})
+
+
+def list_segments(collection: Path, task_index: int) -> list[int]:
+    """Return the SAC steps of a task's complete segments, ascending, and delete what a killed writer left."""
+    folder = collection / STAGING / task_name(task_index)
+    remove_temporaries(folder)
+    if not folder.is_dir():
+        return []
+    matches = [_SEGMENT.fullmatch(entry.name) for entry in folder.iterdir()]
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def read_segment(collection: Path, task_index: int, sac_step: int) -> Episodes:
+    """Read a segment back. Raises `FocalError` telling to delete it when it is damaged."""
+    path = _segment_path(collection, task_index, sac_step)
+    where = f"{collection}: task {task_index}, segment at step {sac_step}"
+    try:
+        return inspect_store(path, where, SEGMENT_FORMAT, list_files(path)).read_episodes()
+    except FocalError as error:
+        reason = str(error).rpartition("; ")[0]
+        raise FocalError(
+            f"{reason}; delete {path} and run the same command again: {generate_command(collection)}"
+        ) from error
+
+
+def _segment_path(collection: Path, task_index: int, sac_step: int) -> Path:
+    return collection / STAGING / task_name(task_index) / f"ckpt_{sac_step:09d}"
+
+
+def is_sealed(collection: Path, index: int) -> bool:
+    """Whether the task's store is complete."""
+    return store_path(collection, index).is_dir()
+
+
+def seal_task(collection: Path, record: TaskRecord, rule: QualityRule, seed: int) -> None:
+    """Join a task's segments in training order, label them, draw the held-out episodes, and publish the store.
+
+    A task that is sealed already is left as it is. `seed` is the collection's; the draw also depends on the index.
+    Raises `FocalError` when there is no segment, a segment is damaged, or the record contradicts the header.
+    """
+    if is_sealed(collection, record.index):
+        return
+    document = read_json(collection / STAGING / _HEADER, MAX_DOCUMENT_BYTES)
+    header = CollectionHeader.from_json(document, f"{collection} {_HEADER}")
+    check_belongs(collection, header, record.index, record.family, record.split)
+    steps = list_segments(collection, record.index)
+    if not steps:
+        raise FocalError(
+            f"{collection}: task {record.index} has no segments to seal; collect them: {generate_command(collection)}"
+        )
+    episodes = Episodes.concatenate([read_segment(collection, record.index, step) for step in steps])
+    references = record.references
+    seeds = (seed, record.index)
+    labelled = label_episodes(episodes, rule, references.random, references.expert, references.reached_expert, seeds)
+    final = store_path(collection, record.index)
+    make_folder(final.parent)
+    remove_temporaries(final.parent, final.name)
+    with new_folder(final) as folder:
+        write_task(folder, record, rule, seeds, labelled)
+
+
+def commit_collection(collection: Path, header: CollectionHeader, provenance: Mapping[str, Any]) -> Collection:
+    """Complete a collection whose tasks are all sealed: checksums, card, and dataset.json last; then drop staging/.
+
+    `provenance` is JSON: software versions, hardware, commit. Repeating it on a complete collection only removes a
+    staging folder left over. Raises `FocalError` naming the tasks that are not sealed.
+    """
+    if not is_committed(collection):
+        _check_header(collection, header)
+        missing = [index for index in header.indices if not is_sealed(collection, index)]
+        if missing:
+            raise FocalError(
+                f"{collection}: {len(missing)} of {len(header.indices)} tasks are not sealed (first: {missing[0]}); "
+                f"finish them: {generate_command(collection)}"
+            )
+        for folder in [
+            collection,
+            *(folder for name in ("tasks", "policies") for folder in _folders(collection / name)),
+        ]:
+            remove_temporaries(folder)
+        write_document(collection, header, provenance)
+    remove_folder(collection / STAGING)
+    remove_temporaries(collection, STAGING)
+    return open_collection(collection)
+
+
+def _folders(root: Path) -> list[Path]:
+    return [root, *(entry for entry in root.iterdir() if entry.is_dir())] if root.is_dir() else []
+
+
+def write_document(
+    folder: Path,
+    header: CollectionHeader,
+    provenance: Mapping[str, Any],
+    derived_from: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the card and, last, dataset.json for the sealed tasks in `folder`: the commit point."""
+    present = list_files(folder, skip=(STAGING, DOCUMENT, "README.md"))
+    for name in present:
+        check_allowed(folder, name)
+    tasks = inspect_tasks(folder, header.indices, present)
+    for entry in tasks:
+        check_belongs(folder, header, entry.index, entry.record.family, entry.split)
+    replace_file(folder / "README.md", dataset_card(header, tasks).encode())
+    files = {}
+    for name, size in list_files(folder, skip=(STAGING, DOCUMENT)).items():
+        files[name] = {"bytes": size, "sha256": file_hash(folder / name)}
+    document = {
+        "format": COLLECTION_FORMAT,
+        **header.to_json(),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "derived_from": list(derived_from),
+        "provenance": dict(provenance),
+        "tasks": [
+            {
+                "index": entry.index,
+                "split": entry.split,
+                **asdict(entry.counts["mixed"]),
+                "content_hash": entry.content_hash,
+            }
+            for entry in tasks
+        ],
+        "content_hash": collection_hash(tasks),
+        "files": files,
+    }
+    replace_file(folder / DOCUMENT, to_json({**document, "document_hash": document_hash(document)}))
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
+    """Copy the collection `src` to the new folder `dst` with its qualities cut by another rule.
+
+    The copy is the next minor version and names `src` in `derived_from`; `src` is not touched. Raises `FocalError`
+    when `dst` exists, lies inside `src`, or `src` is damaged.
+    """
+    source = open_collection(src)
+    if dst.exists() or dst.resolve().is_relative_to(src.resolve()):
+        raise FocalError(f"{dst} exists or lies inside {src}, expected a new folder; choose another one with -o")
+    major, minor, _ = source.version.split(".")
+    header = replace(source.header, version=f"{major}.{int(minor) + 1}.0")
+    origin = {"name": source.name, "version": source.version, "content_hash": source.content_hash}
+    make_folder(dst.parent)
+    remove_temporaries(dst.parent, dst.name)
+    with new_folder(dst) as folder:
+        for entry in source.tasks:
+            episodes, references = entry.store.read_episodes(), entry.record.references
+            labelled = label_episodes(
+                episodes, rule, references.random, references.expert, references.reached_expert, entry.heldout_seeds
+            )
+            store = store_path(folder, entry.index)
+            store.mkdir(parents=True)
+            write_task(store, entry.record, rule, entry.heldout_seeds, labelled)
+        for name, (_, sha256) in source.files.items():
+            if name.startswith("policies/"):
+                _copy_file(src / name, folder / name, sha256)
+        write_document(folder, header, source.provenance, [*source.derived_from, origin])
+    return open_collection(dst)
+
+
+def _copy_file(source: Path, target: Path, sha256: str) -> None:
+    data = source.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise FocalError(
+            f"{source} was changed after the collection was written (sha256 differs); delete the collection "
+            "and unpack or generate it again"
+        )
+    write_file(target, data)

@@ -1,0 +1,231 @@
+"""Files that are born whole: written under a temporary name, fsynced, then renamed.
+
+A process killed anywhere leaves either the finished file or folder under its real name, or a leftover called
+`.tmp-NAME-PID` that nothing reads and the next run deletes.
+
+    tasks/.tmp-task_0003.zarr-4711/   written, every file and folder fsynced
+    tasks/task_0003.zarr/             one rename later, and `tasks/` itself fsynced
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import FocalError
+
+TEMPORARY = ".tmp-"
+AGAIN = "unpack the bundle again (focal-cli bundle unpack) or generate the data again (focal-cli data generate)"
+"""The next command where data are damaged: nothing here can repair them."""
+
+MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_DEPTH = 32
+
+# EFBIG: a file-size limit (ulimit -f) stops the writer exactly as a full disk does
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn the operating system's refusals while writing `target` into a `FocalError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise FocalError(
+                f"disk full while writing {target}: free space and run the same command again; "
+                "nothing finished was lost"
+            ) from error
+        raise FocalError(
+            f"cannot write {target}: {error.strerror or error}; make the folder writable and run the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `final` when the block ends, and vanishes when it fails.
+
+    A `final` that exists is never replaced: the temporary folder is dropped instead, because the first writer won.
+    Its parent must exist. Raises `FocalError` for a full disk.
+    """
+    temporary = temporary_name(final)
+    with writing(final):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)  # a dead process had our pid
+            temporary.mkdir()
+            yield temporary
+            _sync_folders(temporary)
+            os.rename(temporary, final)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and final.is_dir():
+                return
+            raise
+        sync_folder(final.parent)
+
+
+def replace_file(final: Path, data: bytes) -> None:
+    """Write `data` to `final` so that a reader sees the old file or the new one, never a part of it."""
+    temporary = temporary_name(final)
+    with writing(final):
+        try:
+            temporary.unlink(missing_ok=True)
+            write_file(temporary, data)
+            os.replace(temporary, final)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(final.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Create `path` with `data` and fsync it. Its folder is made when missing; an existing file is an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Create `path` and its missing parents so that they survive a power cut."""
+    with writing(path):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            sync_folder(folder.parent)
+
+
+def temporary_name(final: Path) -> Path:
+    """The name under which this process builds `final`, in the same folder so that the rename is atomic."""
+    return final.parent / f"{TEMPORARY}{final.name}-{os.getpid()}"
+
+
+def remove_temporaries(folder: Path, name: str = "") -> None:
+    """Delete what killed writers of `name` (or of anything) left directly inside `folder`."""
+    if not folder.is_dir():
+        return
+    prefix = f"{TEMPORARY}{name}-" if name else TEMPORARY
+    for entry in [entry for entry in os.scandir(folder) if entry.name.startswith(prefix)]:
+        with writing(Path(entry.path)):
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder. It is renamed first, so that a kill half-way leaves a leftover and not half a folder."""
+    if folder.exists():
+        with writing(folder):
+            grave = temporary_name(folder)
+            shutil.rmtree(grave, ignore_errors=True)
+            os.rename(folder, grave)
+            shutil.rmtree(grave)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, which makes the names in it durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folders(root: Path) -> None:
+    for folder, _, _ in os.walk(root, topdown=False):
+        sync_folder(Path(folder))
+
+
+def list_files(root: Path, skip: tuple[str, ...] = ()) -> dict[str, int]:
+    """Map every file below `root` (POSIX path relative to it) to its size in bytes, sorted; `skip` names top entries.
+
+    Raises `FocalError` for a symbolic link or anything else that is not a plain file or folder: both make a reader
+    open files outside the collection.
+    """
+    files: dict[str, int] = {}
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        for entry in os.scandir(root / folder):
+            name = f"{folder}{entry.name}"
+            if name in skip:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name + "/")
+            elif entry.is_file(follow_symlinks=False):
+                files[name] = entry.stat(follow_symlinks=False).st_size
+            else:
+                kind = "a symbolic link" if entry.is_symlink() else "not a plain file"
+                raise FocalError(f"{root}: {name!r} is {kind}, expected plain files only; {AGAIN}")
+    return dict(sorted(files.items()))
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a whole plain file of at most `limit` bytes, never through a symbolic link."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with open(descriptor, "rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise FocalError(f"cannot read {path}: {error.strerror}; check that it exists and is readable") from error
+    if len(data) > limit:
+        raise FocalError(f"{path} is larger than the {limit} bytes allowed there; {AGAIN}")
+    return data
+
+
+def to_json(document: Mapping[str, Any]) -> bytes:
+    """Serialise for a file: indented UTF-8 whose floats are read back bit for bit (Python prints their repr)."""
+    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
+
+
+def canonical_json(document: Any) -> bytes:
+    """Serialise for hashing: one spelling per document."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def parse_json(data: bytes, where: object) -> dict[str, Any]:
+    """Parse a JSON object from an untrusted file: finite numbers only, bounded depth. Raises `FocalError`."""
+    try:
+        document = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite_float)
+        level = [document]
+        for _ in range(MAX_JSON_DEPTH):
+            level = [
+                child
+                for value in level
+                if isinstance(value, dict | list)
+                for child in (value.values() if isinstance(value, dict) else value)
+            ]
+            if not level:
+                break
+        else:
+            raise ValueError(f"nested more than {MAX_JSON_DEPTH} levels deep")
+        if not isinstance(document, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or "nested too deep"
+        raise FocalError(f"{where} is not readable JSON ({reason}); {AGAIN}") from error
+    return document
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read and parse a JSON object; see `parse_json`."""
+    return parse_json(read_bytes(path, limit), path)
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} overflows a float")
+    return value

@@ -1,0 +1,263 @@
+"""One store: the Zarr v3 group that holds a segment's or a sealed task's episodes.
+
+    task_0000.zarr/
+      zarr.json                       attributes and, for other readers, consolidated metadata
+      observations (T+E, obs_dim) f4  actions (T, act_dim) f4   rewards (T,) f4   infos/<name> (T,) f4
+      episodes/                       (E,) length i4, end u1, return f8, quality u1, sac_step i8, seed i8, heldout u1
+      evaluation/                     sac_step (C,) i8, returns (C, R) f8; sealed tasks only
+
+`attributes["focal"]` declares format, sizes and infos; every file must follow from those three, or the store is
+refused before a chunk is decoded.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import FocalError
+from .arrays import CHUNK_BYTES, MAX_METADATA_BYTES, Layout, check_chunk_files, check_metadata, read_array, write_array
+from .episodes import PER_EPISODE, Array, Episodes
+from .records import Reader
+from .storage import AGAIN, parse_json, read_bytes, read_json, to_json, write_file
+
+MAX_EPISODES = 10**8
+MAX_STEPS = 10**9
+MAX_WIDTH = 10**6
+MAX_INFOS = 64
+MAX_ATTRIBUTE_BYTES = 16 * 2**20
+
+_STORED_NAMES = {
+    "lengths": "episodes/length",
+    "ends": "episodes/end",
+    "returns": "episodes/return",
+    "qualities": "episodes/quality",
+    "sac_steps": "episodes/sac_step",
+    "seeds": "episodes/seed",
+    "heldout": "episodes/heldout",
+}
+_INFO_NAME = r"[a-z][a-z0-9_]{0,63}"
+_F4, _F8, _I8 = np.dtype("<f4"), np.dtype("<f8"), np.dtype("<i8")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The declared dimensions of a store; `checkpoints` and `rollouts` are 0 in a segment."""
+
+    episodes: int
+    steps: int
+    observation_dim: int
+    action_dim: int
+    checkpoints: int = 0
+    rollouts: int = 0
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store whose structure was checked; its chunks were not read."""
+
+    path: Path
+    where: str
+    """What error messages call it, for example `task 3`."""
+    attributes: Mapping[str, Any]
+    sizes: Sizes
+    layouts: Mapping[str, Layout]
+    """Every array by name."""
+
+    def read(self, name: str) -> Array:
+        """Decode one array. Raises `FocalError` naming store, array and chunk when a chunk is damaged."""
+        return read_array(self.path / name, f"{self.where}, array {name}", self.layouts[name])
+
+    def read_episodes(self) -> Episodes:
+        """Decode and validate all episodes."""
+        names = [name for name in self.layouts if not name.startswith("evaluation/")]
+        episodes = episodes_of({name: self.read(name) for name in names})
+        episodes.validate(self.where)
+        return episodes
+
+
+def episodes_of(arrays: Mapping[str, Array]) -> Episodes:
+    """The inverse of `episode_arrays`."""
+    return Episodes(
+        observations=arrays["observations"],
+        actions=arrays["actions"],
+        rewards=arrays["rewards"],
+        infos={name.removeprefix("infos/"): arrays[name] for name in arrays if name.startswith("infos/")},
+        **{name: arrays[stored] for name, stored in _STORED_NAMES.items()},
+    )
+
+
+def episode_arrays(episodes: Episodes) -> dict[str, Array]:
+    """Return the stored arrays of `episodes` by their name in the group."""
+    return {
+        "observations": episodes.observations,
+        "actions": episodes.actions,
+        "rewards": episodes.rewards,
+        **{f"infos/{name}": values for name, values in sorted(episodes.infos.items())},
+        **{stored: getattr(episodes, name) for name, stored in _STORED_NAMES.items()},
+    }
+
+
+def evaluation_arrays(episodes: Episodes) -> dict[str, Array]:
+    """Return every return of every checkpoint: sac_step (C,) and returns (C, R), short rows padded with NaN."""
+    steps, checkpoint, counts = np.unique(episodes.sac_steps, return_inverse=True, return_counts=True)
+    returns = np.full((len(steps), int(counts.max())), np.nan)
+    for index in range(len(steps)):
+        returns[index, : counts[index]] = episodes.returns[checkpoint == index]
+    return {"evaluation/sac_step": steps, "evaluation/returns": returns}
+
+
+def write_store(
+    folder: Path,
+    form: str,
+    episodes: Episodes,
+    attributes: Mapping[str, Any],
+    evaluation: Mapping[str, Array] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    compressor: str = "zstd",
+) -> None:
+    """Write a store into the empty `folder`, every file fsynced; the caller renames it into place.
+
+    `form` is the format name; `attributes` are added beside it. Chunk size and compressor change neither what is
+    read nor the content hash.
+    """
+    evaluation = evaluation or {}
+    returns = evaluation.get("evaluation/returns", np.zeros((0, 0)))
+    sizes = Sizes(
+        episodes.num_episodes,
+        episodes.num_steps,
+        episodes.observations.shape[1],
+        episodes.actions.shape[1],
+        *returns.shape,
+    )
+    infos = sorted(episodes.infos)
+    arrays = {**episode_arrays(episodes), **evaluation}
+    expected = {name: (values.shape, values.dtype) for name, values in arrays.items()}
+    assert expected == expected_arrays(sizes, infos, folder.name), "write_store and expected_arrays disagree"
+    members = {
+        name: write_array(folder / name, values, chunk_bytes, compressor) for name, values in sorted(arrays.items())
+    }
+    for group in _groups(arrays):
+        write_file(folder / group / "zarr.json", to_json(_group_metadata({})))
+    focal = {"format": form, "sizes": asdict(sizes), "infos": infos, **attributes}
+    metadata = {**_group_metadata({"focal": focal}), "consolidated_metadata": _consolidated(members)}
+    write_file(folder / "zarr.json", to_json(metadata))
+
+
+def inspect_store(path: Path, where: str, form: str, files: Mapping[str, int]) -> Store:
+    """Check a store's structure: format, declared sizes, every array's metadata, every chunk file present, none extra.
+
+    `files` maps the paths inside the store to bytes, from `storage.list_files`. Reads metadata only. Raises
+    `FocalError` saying what was found and expected.
+    """
+    if "zarr.json" not in files:
+        raise FocalError(f"{where}: {path}/zarr.json is missing; {AGAIN}")
+    metadata = parse_json(read_bytes(path / "zarr.json", MAX_ATTRIBUTE_BYTES), path / "zarr.json")
+    attributes = Reader(Reader(metadata, where).mapping("attributes"), where).mapping("focal")
+    check_format(attributes, form, where)
+    sizes, infos = _declared(attributes, where)
+    expected = expected_arrays(sizes, infos, where)
+    below: dict[str, dict[str, int]] = {name: {} for name in expected}
+    groups = [f"{group}/zarr.json" for group in _groups(expected)]
+    for name, size in files.items():
+        owner = "/".join(name.split("/")[: 2 if name.startswith(("infos/", "episodes/", "evaluation/")) else 1])
+        if owner in below:
+            below[owner][name.removeprefix(owner + "/")] = size
+        elif name not in ("zarr.json", *groups):
+            raise FocalError(f"{where}: extra file {name!r}, expected only the declared arrays; delete it")
+    layouts, members = {}, {}
+    for name, (shape, dtype) in expected.items():
+        if "zarr.json" not in below[name]:
+            raise FocalError(f"{where}: array {name} is missing; {AGAIN}")
+        members[name] = read_json(path / name / "zarr.json", MAX_METADATA_BYTES)
+        layouts[name] = check_metadata(members[name], f"{where}, array {name}", shape, dtype)
+        check_chunk_files(f"{where}, array {name}", layouts[name], below[name])
+    _check_groups(path, where, metadata, groups, members)
+    return Store(path, where, attributes, sizes, layouts)
+
+
+def expected_arrays(sizes: Sizes, infos: list[str], where: str) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Return shape and type of every array a store of these sizes must have."""
+    steps, episodes = sizes.steps, sizes.episodes
+    arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+        "observations": ((steps + episodes, sizes.observation_dim), _F4),
+        "actions": ((steps, sizes.action_dim), _F4),
+        "rewards": ((steps,), _F4),
+        **{f"infos/{name}": ((steps,), _F4) for name in infos},
+        **{_STORED_NAMES[name]: ((episodes,), dtype) for name, dtype in PER_EPISODE.items()},
+    }
+    if sizes.checkpoints:
+        arrays["evaluation/sac_step"] = ((sizes.checkpoints,), _I8)
+        arrays["evaluation/returns"] = ((sizes.checkpoints, sizes.rollouts), _F8)
+    return arrays
+
+
+def array_hash(values: Array) -> str:
+    """sha256 of type, shape and little-endian C-order bytes: the same for any codec and any chunks."""
+    values = np.ascontiguousarray(values)
+    digest = hashlib.sha256(f"{values.dtype.newbyteorder('<').str} {list(values.shape)}\n".encode())
+    digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
+    return digest.hexdigest()
+
+
+def check_format(document: Mapping[str, Any], form: str, where: object) -> None:
+    """Refuse a document of another format or format version."""
+    if (found := document.get("format")) != form:
+        raise FocalError(
+            f"{where}: found format {repr(found)[:80]}, expected '{form}'; "
+            "install the focal-omrl version that wrote it, or generate the data again: focal-cli data generate"
+        )
+
+
+def _declared(attributes: Mapping[str, Any], where: str) -> tuple[Sizes, list[str]]:
+    read = Reader(Reader(attributes, where).mapping("sizes"), f"{where} sizes")
+    episodes = read.integer("episodes", 1, MAX_EPISODES)
+    checkpoints = read.integer("checkpoints", 0, episodes)
+    sizes = Sizes(
+        episodes,
+        read.integer("steps", episodes, MAX_STEPS),
+        read.integer("observation_dim", 1, MAX_WIDTH),
+        read.integer("action_dim", 1, MAX_WIDTH),
+        checkpoints,
+        read.integer("rollouts", 1 if checkpoints else 0, episodes),
+    )
+    infos = Reader(attributes, where).items("infos", str)
+    if (
+        len(infos) > MAX_INFOS
+        or infos != sorted(set(infos))
+        or not all(re.fullmatch(_INFO_NAME, name) for name in infos)
+    ):
+        raise FocalError(f"{where}: infos is {repr(infos)[:80]}, expected sorted lower-case names; {AGAIN}")
+    return sizes, infos
+
+
+def _groups(arrays: Mapping[str, Any]) -> list[str]:
+    return sorted({name.partition("/")[0] for name in arrays if "/" in name})
+
+
+def _group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
+
+
+def _consolidated(members: Mapping[str, Any]) -> dict[str, Any]:
+    """All arrays' metadata in one place, as zarr.consolidate_metadata writes it: one request instead of 17 on S3."""
+    empty = {"kind": "inline", "must_understand": False, "metadata": {}}
+    groups = {name: {**_group_metadata({}), "consolidated_metadata": empty} for name in _groups(members)}
+    return {"kind": "inline", "must_understand": False, "metadata": {**groups, **members}}
+
+
+def _check_groups(
+    path: Path, where: str, metadata: Mapping[str, Any], groups: list[str], members: Mapping[str, Any]
+) -> None:
+    """Refuse group metadata that would show another reader other arrays than the ones checked here."""
+    for name in groups:
+        if read_json(path / name, MAX_METADATA_BYTES) != _group_metadata({}):
+            raise FocalError(f"{where}: {name} is not a plain Zarr v3 group; {AGAIN}")
+    if metadata.get("zarr_format") != 3 or metadata.get("node_type") != "group":
+        raise FocalError(f"{where}: zarr.json is not a Zarr v3 group; {AGAIN}")
+    if metadata.get("consolidated_metadata", _consolidated(members)) != _consolidated(members):
+        raise FocalError(f"{where}: the consolidated metadata differ from the arrays' own; {AGAIN}")

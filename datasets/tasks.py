@@ -1,0 +1,160 @@
+"""One sealed task: its store with the attributes that make it a task of a collection.
+
+attributes["focal"]
+  format, sizes, infos     see store.py
+  task                     the TaskRecord: parameters, split, environment, references, behaviour, provenance
+  quality                  rule and the seeds of the held-out draw: enough to label the episodes again
+  counts                   episodes and steps per quality
+  statistics               count, mean, m2, min, max per column, in a form that merges exactly (Chan et al. 1979)
+  content                  a hash per array, independent of codec and chunks
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from ..errors import FocalError
+from .episodes import Array, Episodes, Quality
+from .quality import QualityRule
+from .records import Reader, Split, TaskRecord, rule_from_json
+from .storage import AGAIN, canonical_json
+from .store import Store, array_hash, episode_arrays, evaluation_arrays, inspect_store, write_store
+
+TASK_FORMAT = "focal-task/1"
+
+
+@dataclass(frozen=True)
+class Count:
+    """How much data there is."""
+
+    episodes: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """One task of an open collection: everything but its data."""
+
+    index: int
+    record: TaskRecord
+    counts: Mapping[str, Count]
+    """Per quality name (random, medium, expert, mixed), held-out episodes included."""
+    path: Path
+    rule: QualityRule
+    heldout_seeds: tuple[int, ...]
+    content: Mapping[str, str] = field(repr=False)
+    """Content hash per array."""
+    store: Store = field(repr=False)
+
+    @property
+    def split(self) -> Split:
+        """`train`, `test` or `both`."""
+        return self.record.split
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of all arrays, the parameters and the split."""
+        arrays = dict(self.content)
+        document = {"arrays": arrays, "params": self.record.params, "split": self.record.split}
+        return hashlib.sha256(canonical_json(document)).hexdigest()
+
+
+def task_name(index: int) -> str:
+    """`task_0003`: the task's name in every folder."""
+    return f"task_{index:04d}"
+
+
+def store_path(collection: Path, index: int) -> Path:
+    """Where the sealed store of a task is."""
+    return collection / "tasks" / f"{task_name(index)}.zarr"
+
+
+def write_task(
+    folder: Path, record: TaskRecord, rule: QualityRule, heldout_seeds: Iterable[int], episodes: Episodes, **codec: Any
+) -> None:
+    """Write the store of a task, whose episodes are labelled already, into the empty `folder`."""
+    evaluation = evaluation_arrays(episodes)
+    arrays = {**episode_arrays(episodes), **evaluation}
+    attributes = {
+        "task": record.to_json(),
+        "quality": {"rule": asdict(rule), "heldout_seeds": list(heldout_seeds)},
+        "counts": {name: asdict(count) for name, count in count_levels(episodes).items()},
+        "statistics": {
+            name: statistics(values)
+            for name, values in arrays.items()
+            if name in ("observations", "actions", "rewards") or name.startswith("infos/")
+        },
+        "content": {name: array_hash(values) for name, values in sorted(arrays.items())},
+    }
+    write_store(folder, TASK_FORMAT, episodes, attributes, evaluation, **codec)
+
+
+def inspect_task(collection: Path, index: int, files: Mapping[str, int]) -> TaskEntry:
+    """Check a sealed store's structure and attributes without reading its chunks; `files` as for `inspect_store`."""
+    path, where = store_path(collection, index), f"{collection}: task {index}"
+    store = inspect_store(path, where, TASK_FORMAT, files)
+    read = Reader(store.attributes, where)
+    record = TaskRecord.from_json(read.mapping("task"), where)
+    if record.index != index:
+        raise FocalError(f"{where}: its attributes say task {record.index}, expected {index}; {AGAIN}")
+    quality = Reader(read.mapping("quality"), f"{where} quality")
+    content = read.mapping("content")
+    if sorted(content) != sorted(store.layouts) or not all(isinstance(value, str) for value in content.values()):
+        raise FocalError(f"{where}: content hashes are not those of its arrays; {AGAIN}")
+    return TaskEntry(
+        index=index,
+        record=record,
+        counts=_counts(read.mapping("counts"), store, where),
+        path=path,
+        rule=rule_from_json(quality.mapping("rule"), where),
+        heldout_seeds=tuple(quality.items("heldout_seeds", int)),
+        content=content,
+        store=store,
+    )
+
+
+def count_levels(episodes: Episodes) -> dict[str, Count]:
+    """Count episodes and steps per label, `none` included."""
+    counts = {}
+    for level in Quality:
+        mask = episodes.qualities == level
+        counts[level.name.lower()] = Count(int(mask.sum()), int(episodes.lengths[mask].sum(dtype=np.int64)))
+    return counts
+
+
+def with_mixed(counts: Mapping[str, Count]) -> dict[str, Count]:
+    """Turn counts per label into counts per quality a user may ask for: `mixed` is the sum of all labels."""
+    total = Count(sum(count.episodes for count in counts.values()), sum(count.steps for count in counts.values()))
+    return {**{name: count for name, count in counts.items() if name != "none"}, "mixed": total}
+
+
+def _counts(document: Mapping[str, Any], store: Store, where: str) -> dict[str, Count]:
+    counts = {}
+    for level in Quality:
+        read = Reader(Reader(document, f"{where} counts").mapping(level.name.lower()), f"{where} counts")
+        counts[level.name.lower()] = Count(read.integer("episodes"), read.integer("steps"))
+    qualities = with_mixed(counts)
+    if qualities["mixed"] != (expected := Count(store.sizes.episodes, store.sizes.steps)):
+        raise FocalError(f"{where}: counts add up to {qualities['mixed']}, expected {expected}; {AGAIN}")
+    return qualities
+
+
+def statistics(values: Array) -> dict[str, Any]:
+    """Describe the columns of `values` (T,) or (T, width) in float64.
+
+    Two parts with counts n, m, means a, b and m2 p, q merge into mean a + (b - a) m / (n + m) and
+    m2 p + q + (b - a)^2 n m / (n + m), so the statistics of any set of tasks need no second look at the data.
+    """
+    columns = values.reshape(len(values), -1)
+    mean = columns.mean(axis=0, dtype=np.float64)
+    return {
+        "count": len(columns),
+        "mean": mean.tolist(),
+        "m2": cast(Array, np.square(columns - mean).sum(axis=0)).tolist(),
+        "min": columns.min(axis=0).astype(np.float64).tolist(),
+        "max": columns.max(axis=0).astype(np.float64).tolist(),
+    }

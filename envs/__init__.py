@@ -1,0 +1,20 @@
+"""Task families and their Gymnasium environments. Importing this package registers the `focal/...` ids."""
+
+from .batch import BatchedEnvs, Policy, Rollouts, make_batch, rollout
+from .families import FAMILIES, get_family
+from .tasks import ExpertReport, TaskFamily, TaskParameters, TaskSet, stream
+
+__all__ = [
+    "FAMILIES",
+    "BatchedEnvs",
+    "ExpertReport",
+    "Policy",
+    "Rollouts",
+    "TaskFamily",
+    "TaskParameters",
+    "TaskSet",
+    "get_family",
+    "make_batch",
+    "rollout",
+    "stream",
+]

@@ -1,0 +1,233 @@
+"""Many episodes stepped together: a thread pool for MuJoCo, plain NumPy for the point robots.
+
+Trajectories are exactly those of the Gymnasium environments (tested bit for bit), so policies can be evaluated
+hundreds of episodes at a time without a second definition of any task.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, cast
+
+import gymnasium
+import mujoco
+import numpy as np
+from gymnasium.utils import seeding
+
+from .locomotion import LocomotionEnv, State
+from .point_robot import PointRobotEnv, distance, move
+from .tasks import TaskFamily, TaskParameters
+
+Policy = Callable[[np.ndarray], np.ndarray]
+"""Observations (M, obs_dim) float32 to actions (M, act_dim) float32 in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step of M episodes; rows of episodes that had already ended hold their last observation and zeros."""
+
+    observations: np.ndarray  # (M, obs_dim) f4
+    rewards: np.ndarray  # (M,) f8
+    terminated: np.ndarray  # (M,) bool
+    truncated: np.ndarray  # (M,) bool
+    infos: dict[str, np.ndarray]  # each (M,) f8
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """M finished episodes, padded with zeros to the horizon H."""
+
+    observations: np.ndarray  # (M, H + 1, obs_dim) f4
+    actions: np.ndarray  # (M, H, act_dim) f4
+    rewards: np.ndarray  # (M, H) f8
+    infos: dict[str, np.ndarray]  # each (M, H) f8
+    lengths: np.ndarray  # (M,) i4
+    terminated: np.ndarray  # (M,) bool; the others were truncated at the horizon
+
+    @property
+    def returns(self) -> np.ndarray:
+        """Undiscounted dense returns (M,) f8."""
+        return self.rewards.sum(axis=1)
+
+    @property
+    def sparse_returns(self) -> np.ndarray | None:
+        """Undiscounted sparse returns (M,) f8, or None where the family has no sparse reward."""
+        return self.infos["sparse_reward"].sum(axis=1) if "sparse_reward" in self.infos else None
+
+
+class BatchedEnvs:
+    """M episodes of one family, each with its own task. `step` leaves episodes that have ended alone."""
+
+    def __init__(self, family: TaskFamily, tasks: Sequence[TaskParameters]):
+        self.family, self.tasks = family, list(tasks)
+        self.active = np.zeros(len(tasks), bool)
+        self._steps = 0
+
+    def reset(self, seeds: Sequence[int]) -> np.ndarray:
+        """Start M new episodes, each with its own reset seed, and return their first observations (M, obs_dim)."""
+        assert len(seeds) == len(self.tasks)
+        self.active[:] = True
+        self._steps = 0
+        self._observations = self._reset(seeds)
+        return self._observations
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Apply actions (M, act_dim)."""
+        live = np.flatnonzero(self.active)
+        observations, rewards = self._observations.copy(), np.zeros(len(self.tasks))
+        terminated = np.zeros(len(self.tasks), bool)
+        observations[live], rewards[live], terminated[live], infos = self._step(live, actions[live])
+        self._steps += 1
+        truncated = self.active & ~terminated if self._steps >= self.family.horizon else np.zeros_like(terminated)
+        spread = {}
+        for name, values in infos.items():
+            spread[name] = np.zeros(len(self.tasks))
+            spread[name][live] = values
+        self.active &= ~(terminated | truncated)
+        self._observations = observations
+        return StepResult(observations, rewards, terminated, truncated, spread)
+
+    def close(self) -> None:
+        """Release threads and renderers."""
+
+    def _reset(self, seeds: Sequence[int]) -> np.ndarray:
+        raise NotImplementedError
+
+    def _step(
+        self, live: np.ndarray, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        raise NotImplementedError
+
+
+class BatchedPointRobots(BatchedEnvs):
+    """Vectorised point robots."""
+
+    def __init__(self, family: TaskFamily, tasks: Sequence[TaskParameters]):
+        super().__init__(family, tasks)
+        self._class = env_class(family)
+        pairs = [self._class.goal_and_wind(task) for task in tasks]
+        self._goals = np.array([goal for goal, _ in pairs], np.float64)
+        self._winds = np.array([wind for _, wind in pairs], np.float64)
+
+    def _reset(self, seeds: Sequence[int]) -> np.ndarray:
+        self._positions = np.zeros((len(self.tasks), 2))
+        return self._positions.astype(np.float32)
+
+    def _step(
+        self, live: np.ndarray, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        positions = move(self._positions[live], actions, self._winds[live])
+        self._positions[live] = positions
+        gap = distance(positions, self._goals[live])
+        return positions.astype(np.float32), -gap, np.zeros(len(live), bool), self._class.infos(gap)
+
+
+class BatchedLocomotion(BatchedEnvs):
+    """MuJoCo episodes: one model per distinct dynamics, one MjData per episode, `mj_step` in a thread pool."""
+
+    def __init__(self, family: TaskFamily, tasks: Sequence[TaskParameters], threads: int | None = None):
+        super().__init__(family, tasks)
+        # tasks that differ only in reward share one compiled model
+        own_model = family.varies == "transitions"
+        makers: dict[str, LocomotionEnv] = {}
+        for task in tasks:
+            key = repr(task) if own_model else ""
+            if key not in makers:
+                makers[key] = cast(LocomotionEnv, gymnasium.make(family.env_id, task=task).unwrapped)
+        self._envs = [makers[repr(task) if own_model else ""] for task in tasks]
+        self._makers = list(makers.values())
+        self._data = [mujoco.MjData(env.model) for env in self._envs]
+        self._class = env_class(family)
+        numbers = {k for k, v in tasks[0].items() if isinstance(v, float)} if not own_model else set()
+        self._parameters = {name: np.array([task[name] for task in tasks]) for name in numbers}
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
+
+    def close(self) -> None:
+        """Release threads and renderers."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        for env in self._makers:
+            env.close()
+
+    def _reset(self, seeds: Sequence[int]) -> np.ndarray:
+        for env, data, seed in zip(self._envs, self._data, seeds, strict=True):
+            rng, _ = seeding.np_random(int(seed))
+            mujoco.mj_resetData(env.model, data)
+            data.qpos[:], data.qvel[:] = env.draw_start(rng)
+            mujoco.mj_forward(env.model, data)
+        self._state = self._gather(range(len(self._data)))
+        return self._class.observe(self._state)
+
+    def _step(
+        self, live: np.ndarray, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        actions = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
+        before = self._class.x_position(self._gather(live))
+        for index, action in zip(live, actions, strict=True):
+            self._data[index].ctrl[:] = action
+        shares = np.array_split(live, self._threads)
+        if self._pool is None:
+            self._advance(live)
+        else:
+            list(self._pool.map(self._advance, shares))
+        after = self._gather(live)
+        velocity = (self._class.x_position(after) - before) / self._envs[0].dt
+        task = {name: values[live] for name, values in self._parameters.items()}
+        rewards = self._class.reward(task, velocity, actions, after)
+        return self._class.observe(after), rewards, ~self._class.healthy(after), {"x_velocity": velocity}
+
+    def _advance(self, indices: np.ndarray) -> None:
+        for index in indices:
+            env, data = self._envs[index], self._data[index]
+            mujoco.mj_step(env.model, data, nstep=env.frame_skip)
+            mujoco.mj_rnePostConstraint(env.model, data)
+
+    def _gather(self, indices: Sequence[int] | np.ndarray) -> State:
+        data, torso = [self._data[i] for i in indices], self._envs[0].torso_id
+        forces = np.stack([d.cfrc_ext for d in data]) if self._class.needs_contact_forces else None
+        return State(
+            np.stack([d.qpos for d in data]),
+            np.stack([d.qvel for d in data]),
+            np.stack([d.xpos[torso] for d in data]),
+            forces,
+        )
+
+
+def env_class(family: TaskFamily) -> Any:
+    """Return the environment class registered for a family."""
+    entry = gymnasium.spec(family.env_id).entry_point
+    assert callable(entry)
+    return entry
+
+
+def make_batch(family: TaskFamily, tasks: Sequence[TaskParameters], threads: int | None = None) -> BatchedEnvs:
+    """Return M environments stepped together. `threads` defaults to the cores this process may use."""
+    if issubclass(env_class(family), PointRobotEnv):
+        return BatchedPointRobots(family, tasks)
+    return BatchedLocomotion(family, tasks, threads)
+
+
+def rollout(envs: BatchedEnvs, policy: Policy, seeds: Sequence[int]) -> Rollouts:
+    """Roll one episode out in every environment of the batch. The float32 action recorded is the one stepped."""
+    m, horizon = len(envs.tasks), envs.family.horizon
+    observations = np.zeros((m, horizon + 1, envs.family.obs_dim), np.float32)
+    actions = np.zeros((m, horizon, envs.family.act_dim), np.float32)
+    rewards, lengths = np.zeros((m, horizon)), np.zeros(m, np.int32)
+    infos: dict[str, np.ndarray] = {}
+    terminated = np.zeros(m, bool)
+    observations[:, 0] = current = envs.reset(seeds)
+    for t in range(horizon):
+        live = envs.active.copy()
+        chosen = np.clip(np.asarray(policy(current), np.float32), -1.0, 1.0)
+        result = envs.step(chosen)
+        current = result.observations
+        observations[live, t + 1], actions[live, t], rewards[:, t] = current[live], chosen[live], result.rewards
+        for name, values in result.infos.items():
+            infos.setdefault(name, np.zeros((m, horizon)))[:, t] = values
+        terminated |= result.terminated
+        lengths += live
+        if not envs.active.any():
+            break
+    return Rollouts(observations, actions, rewards, infos, lengths, terminated)

@@ -1,0 +1,27 @@
+"""Errors a user can cause.
+
+Every message says what was found, what was expected and the next command to type, on one line, and the command
+line prints it without a traceback. Our own broken invariants stay plain assertions.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FocalError(Exception):
+    """Something outside the program is wrong (a file, a disk, a missing task); `focal-cli` exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(FocalError):
+    """The command or a setting is wrong; `focal-cli` exits with 2."""
+
+    exit_code = 2
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `did you mean 'x'? ` for the closest known name, else the whole list, to end an error message with."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(known)

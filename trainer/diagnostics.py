@@ -1,0 +1,36 @@
+"""How well the task embeddings are spread (the paper's Table 1; formulas in reference-facts 4.3)."""
+
+import torch
+from torch import Tensor
+
+
+def effective_separation_rate(embeddings: Tensor) -> float:
+    """Return the share of task pairs whose squared distance exceeds 2L/3, for `embeddings` (K, L) of K >= 2 tasks.
+
+    2L/3 is the expected squared distance of two independent points uniform in (-1, 1)^L; the released plotting code
+    compares the mean square per dimension with 2/3, which is the same.
+    """
+    first, second = torch.triu_indices(len(embeddings), len(embeddings), offset=1, device=embeddings.device)
+    squared = (embeddings[first] - embeddings[second]).square().mean(dim=-1)
+    return (squared > 2.0 / 3.0).double().mean().item()
+
+
+def root_mean_square_spread(embeddings: Tensor) -> float:
+    """Return the RMS distance of `embeddings` (K, L), K >= 2, as the paper's code computes it.
+
+    The mean over dimensions of the population standard deviation across tasks, times sqrt(2K / (K - 1)). Not exactly
+    the root mean square distance of pairs, which would take the root of the mean variance.
+    """
+    tasks = len(embeddings)
+    spread = embeddings.double().std(dim=0, correction=0).mean().item()
+    return spread * (2.0 * tasks / (tasks - 1)) ** 0.5
+
+
+def embedding_metrics(embeddings: Tensor) -> dict[str, float]:
+    """Return `embedding/esr` and `embedding/rms` of task embeddings (K, L); nothing for a single task."""
+    if len(embeddings) < 2:
+        return {}
+    return {
+        "embedding/esr": effective_separation_rate(embeddings),
+        "embedding/rms": root_mean_square_spread(embeddings),
+    }

@@ -1,0 +1,46 @@
+"""Reading and writing of the trainer's small files, on top of the package's atomic writes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import FocalError
+from ..files import atomic_path
+
+_JSON_LIMIT = 16 * 2**20  # bytes; our own files are far below, so anything larger is not ours
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically. Raises `FocalError` when the disk is full."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object. Raises `FocalError` ending with `remedy` when it is missing, too large or damaged."""
+    try:
+        if path.stat().st_size > _JSON_LIMIT:
+            raise FocalError(f"{path} is larger than {_JSON_LIMIT} bytes, so it is not one of ours; {remedy}")
+        values = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise FocalError(f"{path} is missing; {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FocalError(f"{path} is damaged ({one_line(error)}); {remedy}") from None
+    if not isinstance(values, dict):
+        raise FocalError(f"{path} holds a {type(values).__name__}, expected a JSON object; {remedy}")
+    return values
+
+
+def sha256(content: bytes) -> str:
+    """Hexadecimal digest of `content`."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def one_line(error: Exception) -> str:
+    """The error's text on one line, short enough to stand inside another message."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

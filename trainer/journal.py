@@ -1,0 +1,85 @@
+"""What a seed writes while it trains: metrics.jsonl, evaluation.jsonl and TensorBoard, cut back exactly on resume."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..files import write_text
+
+WALL_CLOCK = "time/"  # prefix of the fields that differ between runs of the same seed
+SECONDS = WALL_CLOCK + "seconds"  # since the seed began, time between a kill and the resume left out
+
+
+class Journal:
+    """Appends rows to the logs of one seed folder; `close` it."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Open the logs of `folder`, keeping only rows up to `step` (those after it will be made again)."""
+        from torch.utils.tensorboard import SummaryWriter  # imports for seconds, and only training needs it
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._started = time.monotonic()
+        self._files = {}
+        for name in ("metrics", "evaluation"):
+            path = folder / f"{name}.jsonl"
+            rows = _cut(path, step)
+            if rows and name == "metrics":  # the clock goes on from the last row kept
+                self._started -= _number(rows[-1].get(SECONDS))
+            self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, name: str, step: int, values: Mapping[str, float], phase: str = "") -> None:
+        """Append a row to `name` ("metrics" or "evaluation"); a number that is not finite becomes null."""
+        row: dict[str, object] = {"step": step}
+        if phase:
+            row["phase"] = phase
+        row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
+        row[SECONDS] = round(time.monotonic() - self._started, 3)
+        self._files[name].write(json.dumps(row, allow_nan=False) + "\n")
+        self._files[name].flush()
+        for key, value in values.items():
+            tag = key if name == "metrics" else f"evaluation/{key}"
+            self._board.add_scalar(tag, value, step)
+
+    def sync(self) -> None:
+        """Bring all rows to the disk; to be called before the checkpoint that will vouch for them."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Close the logs."""
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, object]]:
+    """Return the whole rows of a log, oldest first; a last line cut by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
+    return rows
+
+
+def _cut(path: Path, step: int) -> list[dict[str, object]]:
+    """Keep the rows up to `step`, and return them."""
+    kept = [row for row in read_rows(path) if _number(row.get("step", math.inf)) <= step]
+    if path.exists():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0

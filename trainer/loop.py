@@ -1,0 +1,147 @@
+"""Meta-training, composed: data in, run folder out, exact resume. Evaluation is handed in as a callable."""
+
+import dataclasses
+import fcntl
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import FocalError, UsageError
+from .agent import Agent
+from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from .diagnostics import embedding_metrics
+from .focal import Focal
+from .journal import Journal
+from .replay import TaskReplay, TrainingData, sample_meta_batch
+from .runs import Run, RunSource, describe_run, load_agent, seed_folder, write_run
+from .settings import TrainSettings
+
+__all__ = ["Evaluate", "Progress", "RunSource", "load_agent", "train"]
+
+Evaluate = Callable[[Agent, int], Mapping[str, float]]  # (agent, step) -> results by name
+Progress = Callable[[int, int, Mapping[str, float]], None]  # (step, of steps, metrics; empty between log rows)
+
+
+def train(
+    run_dir: Path,
+    data: TrainingData,
+    settings: TrainSettings,
+    seed: int,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    source: RunSource | None = None,
+    device: torch.device | str = "cpu",
+) -> Agent:
+    """Train one seed of a run to the end and return its agent.
+
+    `evaluate` must leave the agent and torch's generators alone (draw from its own). With `resume` a run that was
+    killed continues from its last checkpoint and, on the CPU with the same number of threads, ends bit-identical to one
+    that never was, logs included but for fields under "time/"; a finished run returns at once. Raises `UsageError` when
+    the seed was already started and `resume` is off, `FocalError` when the folder is of another run, a checkpoint is
+    damaged, or a metric stops being finite (the last good checkpoint stays).
+    """
+    source = source or RunSource()
+    source = dataclasses.replace(source, seeds=source.seeds or (seed,))
+    run = write_run(run_dir, describe_run(data, settings, source))
+    folder = seed_folder(run_dir, seed)
+    folder.mkdir(exist_ok=True)
+    with _only_process(folder):
+        checkpoints = list_checkpoints(folder / "checkpoints")
+        if checkpoints and not resume:
+            raise UsageError(f"{folder} is already trained to step {int(checkpoints[-1].name[5:])} of "
+                             f"{settings.total_steps}; to continue it, add --resume")  # fmt: skip
+        trainer = _SeedTrainer(folder, run, data, seed, torch.device(device))
+        step = load_checkpoint(checkpoints[-1], trainer.focal, trainer.generators) if checkpoints else 0
+        trainer.run_from(step, evaluate, progress)
+    return trainer.focal.agent
+
+
+class _SeedTrainer:
+    """One seed under way: the method, its data, its random states, its folder."""
+
+    def __init__(self, folder: Path, run: Run, data: TrainingData, seed: int, device: torch.device) -> None:
+        self.folder, self.settings, self.seed = folder, run.settings, seed
+        weights, draws = np.random.SeedSequence(seed).generate_state(2, np.uint64)
+        self.generators = {"training": torch.Generator(device).manual_seed(int(draws))}
+        initial = torch.Generator().manual_seed(int(weights))
+        self.focal = Focal(run.settings, run.transform, run.act_dim, initial, device)
+        self.replay = TaskReplay(data.tasks, run.transform, run.settings, device)
+
+    def run_from(self, step: int, evaluate: Evaluate | None, progress: Progress | None) -> None:
+        """Take the remaining steps; log, evaluate and checkpoint on the way."""
+        settings, generator = self.settings, self.generators["training"]
+        total = settings.total_steps
+        if step >= total:
+            return
+        journal = Journal(self.folder, step)
+        try:
+            while step < total:
+                encoder_only = step < settings.encoder_only_steps
+                joint = settings.schedule == "joint"
+                batch = sample_meta_batch(self.replay, settings, generator, encoder_only or joint, not encoder_only)
+                metrics = self.focal.update(batch, generator)
+                step += 1
+                last = step == total
+                logs, saves = (last or step % every == 0 for every in (settings.log_every, settings.checkpoint_every))
+                shown: dict[str, float] = {}
+                if logs or saves or self.replay.device.type == "cpu":  # elsewhere each look waits for the device
+                    self._refuse_nan(metrics, step)
+                if logs:
+                    shown = {name: value.item() for name, value in metrics.items()} | self._embedding_metrics(step)
+                    phase = "encoder" if encoder_only else "joint" if joint else "control"
+                    journal.write("metrics", step, shown, phase)
+                if evaluate and not encoder_only and (last or step % settings.eval_every == 0):
+                    results = evaluate(self.focal.agent, step)
+                    journal.write("evaluation", step, results)
+                if saves:
+                    self._save(journal, step)
+                if progress:
+                    progress(step, total, shown)
+        finally:
+            journal.close()
+
+    def _save(self, journal: Journal, step: int) -> None:
+        weights = {
+            f"{name} weights": parameter
+            for name, network in self.focal.networks.items()
+            for parameter in [torch.stack([tensor.sum() for tensor in network.state_dict().values()]).sum()]
+        }
+        self._refuse_nan(weights | self.focal.scalars, step)
+        journal.sync()
+        save_checkpoint(self.folder / "checkpoints", step, self.focal, self.generators)
+
+    def _embedding_metrics(self, step: int) -> dict[str, float]:
+        """Spread of the training tasks' embeddings. Draws depend on seed and step alone, so logging changes nothing."""
+        state = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)
+        generator = torch.Generator(self.replay.device).manual_seed(int(state[0]))
+        tasks = torch.arange(len(self.replay), device=self.replay.device)
+        context = self.replay.sample_context(tasks, self.settings.context_size, generator)
+        return embedding_metrics(self.focal.embed(context))
+
+    def _refuse_nan(self, metrics: Mapping[str, Tensor], step: int) -> None:
+        values = torch.stack([value.detach() for value in metrics.values()]).tolist()
+        for name, value in zip(metrics, values, strict=True):
+            if not math.isfinite(value):
+                kept = list_checkpoints(self.folder / "checkpoints")
+                where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
+                raise FocalError(
+                    f"seed {self.seed}: {name} became {value} at step {step}; {where}; train again in another folder "
+                    "with smaller steps, for example --set critic_learning_rate=1e-4 --set actor_learning_rate=1e-4"
+                )
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """Hold the seed's lock, which dies with the process, however it dies."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FocalError(f"another process trains in {folder}; wait for it, or choose another --seed") from None
+        yield

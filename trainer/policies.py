@@ -1,0 +1,108 @@
+"""Policies as files: `NAME.safetensors` with the weights and `NAME.json` with the architecture. Nothing is unpickled.
+
+    step_000050000.safetensors   body.0.weight, body.0.bias, ..., mean.weight, mean.bias, log_std.weight, log_std.bias
+    step_000050000.json          {"format": "focal-policy/1", "architecture": {...}, "sha256": ..., "meta": {...}}
+
+The JSON file is written last and holds the digest of the weights: a pair cut in between does not load.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..errors import FocalError
+from ..files import write_json
+from .files import one_line, read_json, sha256, write_bytes
+from .networks import TanhGaussianPolicy
+
+FORMAT = "focal-policy/1"
+_WIDTH_LIMIT = 65_536  # refuses a hostile architecture before memory is asked for
+_DEPTH_LIMIT = 32
+_REMEDY = "copy the policy again from its source, or regenerate the collection"
+
+
+def save_policy(path_without_suffix: Path, policy: TanhGaussianPolicy, meta: Mapping[str, Any]) -> None:
+    """Write `policy` and the JSON values `meta` (what it was trained on, its step, ...) atomically."""
+    weights, description = policy_files(path_without_suffix)
+    content = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in policy.state_dict().items()})
+    write_bytes(weights, content)
+    entry = {"format": FORMAT, "architecture": policy.architecture, "sha256": sha256(content), "meta": dict(meta)}
+    write_json(description, entry)
+
+
+def load_policy_file(path: Path) -> tuple[TanhGaussianPolicy, dict[str, Any]]:
+    """Read a policy from its path, with or without suffix. Returns it, on the CPU, with its `meta`.
+
+    Raises `FocalError` when a file is missing, cut or altered, of another format version, has unknown fields, or
+    weights that the architecture does not ask for.
+    """
+    weights, description = policy_files(path)
+    entry = read_json(description, _REMEDY)
+    if entry.get("format") != FORMAT:
+        raise FocalError(f"{description} has format {entry.get('format')!r}, expected {FORMAT!r}; {_REMEDY}")
+    _expect_keys(entry, {"format", "architecture", "sha256", "meta"}, description)
+    policy = TanhGaussianPolicy(**_check_architecture(entry["architecture"], description))
+    try:
+        content = weights.read_bytes()
+    except OSError as error:
+        raise FocalError(f"{weights} cannot be read ({error.strerror}); {_REMEDY}") from None
+    if sha256(content) != entry["sha256"]:
+        raise FocalError(f"{weights} differs from the sha256 in {description.name}: cut or altered; {_REMEDY}")
+    load_exactly(policy, read_tensors(content, weights, _REMEDY), str(weights), _REMEDY)
+    return policy, entry["meta"]
+
+
+def policy_files(path: Path) -> tuple[Path, Path]:
+    """Return the paths of the weights and of the description for a path with or without suffix."""
+    stem = path.name.removesuffix(".safetensors").removesuffix(".json")
+    return path.with_name(stem + ".safetensors"), path.with_name(stem + ".json")
+
+
+def read_tensors(content: bytes, path: Path, remedy: str) -> dict[str, Tensor]:
+    """Decode the bytes of a safetensors file. Raises `FocalError` naming `path` when they are no such file."""
+    try:
+        return safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise FocalError(f"{path} is damaged ({one_line(error)}); {remedy}") from None
+
+
+def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], where: str, remedy: str) -> None:
+    """Copy `tensors` into `network`. Raises `FocalError` unless names, shapes and dtypes are exactly the network's."""
+    expected = network.state_dict()
+    if odd := sorted(set(expected) ^ set(tensors)):
+        verb = "lacks" if odd[0] in expected else "has an unknown tensor"
+        raise FocalError(f"{where} {verb} '{odd[0]}'; {remedy}")
+    for name, tensor in tensors.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise FocalError(f"{where}: '{name}' is {found}, expected {tuple(wanted.shape)} {wanted.dtype}; {remedy}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise FocalError(f"{where}: '{name}' holds NaN or infinity; {remedy}")
+    network.load_state_dict(tensors)
+
+
+def _expect_keys(values: Mapping[str, Any], expected: set[str], path: Path) -> None:
+    if odd := sorted(set(values) ^ expected):
+        verb = "lacks" if odd[0] in expected else "has an unknown field"
+        raise FocalError(f"{path} {verb} '{odd[0]}'; {_REMEDY}")
+
+
+def _check_architecture(values: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise FocalError(f"{path}: 'architecture' is not a JSON object; {_REMEDY}")
+    _expect_keys(values, {"inputs", "hidden", "action_dim", "log_std_min", "log_std_max"}, path)
+    hidden = values["hidden"]
+    widths = [values["inputs"], values["action_dim"], *(hidden if isinstance(hidden, list) else [None])]
+    if len(widths) > _DEPTH_LIMIT or not all(type(width) is int and 0 < width <= _WIDTH_LIMIT for width in widths):
+        raise FocalError(f"{path}: layer widths {widths} are not integers from 1 to {_WIDTH_LIMIT}; {_REMEDY}")
+    bounds = [values["log_std_min"], values["log_std_max"]]
+    if not all(type(bound) in (int, float) and math.isfinite(bound) for bound in bounds) or bounds[0] > bounds[1]:
+        raise FocalError(f"{path}: log_std bounds {bounds} are not two ordered numbers; {_REMEDY}")
+    return values

@@ -1,0 +1,182 @@
+"""The run folder, and rebuilding a trained agent from it alone.
+
+RUN/settings.json      resolved settings, family, collection, quality, seeds, observation transform, provenance
+RUN/seed_0/            one trained network
+  checkpoints/step_000002000/...
+  metrics.jsonl        one row every log_every steps; fields under "time/" are wall-clock, all others reproduce
+  evaluation.jsonl     one row every eval_every steps
+  tensorboard/
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FocalError, UsageError
+from ..files import write_json
+from ..settings import from_dict, to_dict
+from .agent import Agent, new_agent
+from .checkpoint import list_checkpoints, load_networks
+from .files import read_json
+from .replay import TrainingData, training_transform
+from .settings import TrainSettings, differences
+from .transform import ObservationTransform
+
+FORMAT = "focal-run/1"
+_REMEDY = "start the run again under another name: focal-cli train ... --name OTHER"
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """What the caller knows of a run and the trainer only records: where its data came from, and who ran it."""
+
+    collection: str = ""  # name of the collection
+    collection_path: str = ""  # where it was when the run started
+    quality: str = ""  # quality level trained on
+    seeds: tuple[int, ...] = ()  # all seeds of the run; name them up front where several processes train at once
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # plain JSON: versions, commit, hardware, command
+
+
+@dataclass(frozen=True)
+class Run:
+    """The content of settings.json: enough to rebuild every network of the run."""
+
+    settings: TrainSettings
+    transform: ObservationTransform
+    family: str
+    task_indices: tuple[int, ...]
+    obs_dim: int
+    act_dim: int
+    content_hash: str
+    source: RunSource
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        source = self.source
+        return {
+            "format": FORMAT,
+            "family": self.family,
+            "collection": {
+                "name": source.collection,
+                "path": source.collection_path,
+                "content_hash": self.content_hash,
+                "task_indices": list(self.task_indices),
+            },
+            "quality": source.quality,
+            "seeds": list(source.seeds),
+            "obs_dim": self.obs_dim,
+            "act_dim": self.act_dim,
+            "settings": to_dict(self.settings),
+            "observation_transform": self.transform.to_json(),
+            "provenance": dict(source.provenance),
+        }
+
+
+def describe_run(data: TrainingData, settings: TrainSettings, source: RunSource) -> Run:
+    """Return the description of a run on `data`; fits the observation transform."""
+    settings.check()
+    transform = training_transform(data, settings)
+    return Run(
+        settings, transform, data.family, data.task_indices, data.obs_dim, data.act_dim, data.content_hash, source
+    )
+
+
+def write_run(run_dir: Path, run: Run) -> Run:
+    """Write settings.json, or, where it exists, check that it is of the same run and add the new seeds.
+
+    Returns the run as saved. Raises `FocalError` naming the first difference in settings, data or quality.
+    """
+    path = run_dir / "settings.json"
+    if path.exists():
+        saved = read_run(run_dir)
+        _refuse_differences(path, _identity(saved), _identity(run))
+        seeds = tuple(sorted(set(saved.source.seeds) | set(run.source.seeds)))
+        if seeds == saved.source.seeds:
+            return saved
+        run = dataclasses.replace(saved, source=dataclasses.replace(saved.source, seeds=seeds))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, run.to_json())
+    return run
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read settings.json. Raises `FocalError` when it is missing, damaged or of another format version."""
+    path = run_dir / "settings.json"
+    values = read_json(path, _REMEDY)
+    if values.get("format") != FORMAT:
+        raise FocalError(f"{path} has format {values.get('format')!r}, expected {FORMAT!r}; {_REMEDY}")
+    try:
+        collection = values["collection"]
+        source = RunSource(
+            str(collection["name"]),
+            str(collection["path"]),
+            str(values["quality"]),
+            tuple(int(seed) for seed in values["seeds"]),
+            dict(values["provenance"]),
+        )
+        return Run(
+            settings=from_dict(TrainSettings, values["settings"]),
+            transform=ObservationTransform.from_json(values["observation_transform"]),
+            family=str(values["family"]),
+            task_indices=tuple(int(index) for index in collection["task_indices"]),
+            obs_dim=int(values["obs_dim"]),
+            act_dim=int(values["act_dim"]),
+            content_hash=str(collection["content_hash"]),
+            source=source,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FocalError(f"{path} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from None
+    except UsageError as error:
+        raise FocalError(f"{path}: {error}; {_REMEDY}") from None
+
+
+def seed_folder(run_dir: Path, seed: int) -> Path:
+    """Where one seed of a run lives."""
+    return run_dir / f"seed_{seed}"
+
+
+def load_agent(run_dir: Path, seed: int, device: torch.device | str = "cpu") -> Agent:
+    """Rebuild the agent of one seed from its run folder alone, at its last checkpoint.
+
+    Never from today's defaults: settings and transform are the saved ones. Raises `FocalError` naming what is missing
+    or damaged and the next command.
+    """
+    run = read_run(run_dir)
+    checkpoints = list_checkpoints(seed_folder(run_dir, seed) / "checkpoints")
+    if not checkpoints:
+        trained = sorted(path.name for path in run_dir.glob("seed_*")) or ["none"]
+        raise FocalError(f"{run_dir} holds no checkpoint of seed {seed} (folders: {', '.join(trained)}); "
+                         f"focal-cli train ... --seed {seed}")  # fmt: skip
+    agent = new_agent(run.settings, run.transform, run.act_dim, torch.Generator(), device)
+    load_networks(checkpoints[-1], {"encoder": agent.encoder, "policy": agent.policy})
+    return agent
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must not change within a run folder; a collection may move, and seeds may be added."""
+    values = run.to_json()
+    identity = {name: values[name] for name in ("family", "quality", "settings", "observation_transform")}
+    collection = values["collection"]
+    return identity | {"content_hash": collection["content_hash"], "task_indices": collection["task_indices"]}
+
+
+def _refuse_differences(path: Path, saved: dict[str, Any], found: dict[str, Any]) -> None:
+    names = differences(found, saved)
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise FocalError(
+            f"{path} is of another run: it has {names[0]}={_lookup(saved, names[0])}, this command asks for "
+            f"{_lookup(found, names[0])}{more}; use its settings, or another name: focal-cli train ... --name OTHER"
+        )
+
+
+def _lookup(values: dict[str, Any], dotted: str) -> str:
+    value: Any = values
+    for name in dotted.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
