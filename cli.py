@@ -200,7 +200,7 @@ def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds.")
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
 @click.option("--name", help="Run folder's name. [default: family, quality, algorithm and time]")
-@click.option("--resume", is_flag=True, help="Continue the run NAME, or the newest run.")
+@click.option("--resume", is_flag=True, help="Continue the run NAME (started if it is not there), or the newest run.")
 @stores_option
 @runs_option
 @set_option
@@ -237,10 +237,13 @@ def test(
     stores: Path, runs: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Meta-test a run offline on its test tasks, all its seeds, beside the controls. RUN defaults to the newest."""
+    import torch
+
     from .console import print_test
     from .experiment import newest_run, save_figures, test_run
 
     folder = run or newest_run(runs)
+    torch.set_num_threads(1)  # at these network sizes more threads only wait for each other
     result = test_run(folder, quality, context_size, episodes, test_seed)
     pictures = save_figures(folder, result) if figures else []
     if as_json:

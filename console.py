@@ -5,17 +5,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from .datagen import Progress as GenerateProgress
-from .datasets import QUALITIES, Collection
-from .evaluation import CONDITIONS
+from .datasets import QUALITIES, Collection, Quality, TaskEntry
+from .evaluation import CONDITIONS, seed_interval
 from .experiment import RunTest, TrainProgress
 
-console = Console()
+# a pipe or a log has no width of its own, and 80 columns would fold every table
+console = Console() if Console().is_terminal else Console(width=160)
+
+MOST_TASKS_SHOWN = 5  # more are in --json
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
@@ -62,7 +66,9 @@ class _Bars:
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.progress.stop()
 
 
@@ -79,7 +85,9 @@ class GenerateBars(_Bars, GenerateProgress):
         self.tasks, self.steps, self.sealed = tasks, steps_per_task, sealed
         done = f", {sealed} finished earlier" if sealed else ""
         console.print(f"{self.name}: {tasks} tasks of {steps_per_task:,} environment steps{done}")
-        self.overall = self.progress.add_task("all tasks", total=tasks * steps_per_task, completed=sealed * steps_per_task)
+        self.overall = self.progress.add_task(
+            "all tasks", total=tasks * steps_per_task, completed=sealed * steps_per_task
+        )
 
     def update(self, task: int, what: str, amount: int) -> None:
         """Advance a task's bar and the overall one."""
@@ -123,7 +131,6 @@ def collection_row(collection: Collection) -> dict[str, Any]:
         "path": str(collection.path),
         "name": collection.name,
         "version": collection.version,
-        "family": collection.family,
         "tasks": f"{len(collection.train_tasks())} / {len(collection.test_tasks())}",
         "experts": f"{sum(entry.record.references.reached_expert for entry in tasks)} of {len(tasks)}",
         "episodes": episodes,
@@ -137,6 +144,7 @@ def collection_document(collection: Collection) -> dict[str, Any]:
     """Everything `data show --json` prints."""
     return {
         **collection_row(collection),
+        "family": collection.family,
         "content": collection.content_hash,
         "authors": list(collection.authors),
         "settings": dict(collection.settings),
@@ -150,15 +158,23 @@ def quality_rows(collection: Collection) -> list[dict[str, Any]]:
     rows = []
     for quality in QUALITIES:
         counts = [entry.counts[quality] for entry in collection.tasks]
+        returns = [values for entry in collection.tasks if len(values := _returns(entry, quality))]
         rows.append(
             {
                 "quality": quality,
                 "tasks": sum(count.episodes > 0 for count in counts),
                 "episodes": sum(count.episodes for count in counts),
                 "transitions": sum(count.steps for count in counts),
+                "mean return": float(np.concatenate(returns).mean()) if returns else None,
             }
         )
     return rows
+
+
+def _returns(entry: TaskEntry, quality: str) -> np.ndarray:
+    """Dense returns of a task's episodes, read from its episode table alone."""
+    returns, labels = entry.store.read("episodes/return"), entry.store.read("episodes/quality")
+    return returns if quality == "mixed" else returns[labels == Quality[quality.upper()]]
 
 
 def task_rows(collection: Collection) -> list[dict[str, Any]]:
@@ -181,7 +197,7 @@ def print_collection(collection: Collection, tasks: bool = False) -> None:
     row = collection_row(collection)
     console.print(f"[bold]{row['name']}[/] {row['version']} at {row['path']}, content {row['content']}")
     by = ", ".join(collection.authors) or "no author given"
-    console.print(f"{row['family']}, train / test tasks {row['tasks']}, licence {row['licence']}, by {by}")
+    console.print(f"{collection.family}, train / test tasks {row['tasks']}, licence {row['licence']}, by {by}")
     print_table(quality_rows(collection))
     failed = [entry.index for entry in collection.tasks if not entry.record.references.reached_expert]
     if failed:
@@ -189,6 +205,19 @@ def print_collection(collection: Collection, tasks: bool = False) -> None:
         console.print(f"{len(failed)} of {len(collection.tasks)} tasks never reached expert: {listed}")
     if tasks:
         print_table(task_rows(collection))
+
+
+def _task_score_rows(tested: RunTest) -> list[dict[str, Any]]:
+    """Right and wrong context for each task apart, so that one good direction cannot hide a bad one."""
+    first, rows = tested.first, []
+    for k in np.flatnonzero(first.counted):
+        row: dict[str, Any] = {"task": first.task_indices[k]}
+        for condition in CONDITIONS[:2]:
+            if condition in first.conditions:
+                scores = [float(result.task_scores(condition)[k]) for result in tested.results.values()]
+                row[condition] = str(seed_interval(scores))
+        rows.append(row)
+    return rows
 
 
 def print_test(tested: RunTest) -> None:
@@ -210,9 +239,11 @@ def print_test(tested: RunTest) -> None:
         f"{tested.context_size} transitions, {tested.episodes} episodes a task, {len(tested.results)} seed(s)"
     )
     print_table(rows, title)
+    if result.counted.any() and len(result.task_indices) <= MOST_TASKS_SHOWN:
+        print_table(_task_score_rows(tested), "normalised score per task")
     console.print("intervals: 95% over training seeds")
     if result.skipped:
         console.print(f"test tasks without {result.quality} data, left out: {', '.join(map(str, result.skipped))}")
     uncounted = len(result.counted) - int(result.counted.sum())
     if uncounted:
-        console.print(f"{uncounted} of {len(result.counted)} behaviour experts failed their test, so their tasks are not in the score")
+        console.print(f"{uncounted} of {len(result.counted)} behaviour experts failed their test: not in the score")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .datasets import QUALITIES, Collection, Quality, find_collections, open_collection
 from .envs import get_family
@@ -22,11 +21,11 @@ from .evaluation import CONDITIONS, Interval, MetaTestResult, meta_test, quick_t
 from .files import write_json
 from .provenance import provenance
 from .settings import override, parse_assignments
-from .trainer.agent import Agent, new_agent
+from .trainer.agent import Agent
 from .trainer.journal import read_rows
 from .trainer.loop import train
 from .trainer.replay import TrainingData
-from .trainer.runs import Run, RunSource, load_agent, read_run, seed_folder
+from .trainer.runs import Run, RunSource, load_agent, load_untrained_agent, read_run, seed_folder
 from .trainer.settings import TrainSettings, train_settings
 from .workers import available_cores, run_jobs
 
@@ -96,8 +95,9 @@ class RunTest:
         """Return summaries over seeds and every raw return as JSON values."""
         summary = {
             condition: {
-                measure: None if (interval := self.over_seeds(measure, condition)) is None else dataclasses.asdict(interval)
+                measure: dataclasses.asdict(interval) if interval else None
                 for measure in ("mean", "score", "share_of_optimum")
+                for interval in [self.over_seeds(measure, condition)]
             }
             for condition in CONDITIONS
             if condition in self.first.conditions
@@ -145,14 +145,12 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     """
     progress = progress or TrainProgress()
     collection = open_collection(request.collection)
-    base = train_settings(collection.family, request.scale or collection.header.scale)
+    base = train_settings(collection.family, request.scale or collection.scale)
     settings = override(base, parse_assignments(request.assignments))
     settings.check()
     training_data(collection, request.quality)  # fails here, before any process starts
     run_dir = _run_folder(request, collection, settings)
-    source = RunSource(
-        collection.name, str(request.collection.resolve()), request.quality, request.seeds, provenance()
-    )
+    source = RunSource(collection.name, str(request.collection.resolve()), request.quality, request.seeds, provenance())
     jobs = {
         seed: SeedJob(run_dir, request.collection, request.quality, settings, seed, source, request.resume)
         for seed in request.seeds
@@ -161,8 +159,12 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     failures = run_jobs(train_seed, jobs, request.workers or available_cores(), progress.update)
     if failures:
         seed, error = min(failures.items())
-        raise error if isinstance(error, FocalError) else FocalError(
-            f"seed {seed} failed: {type(error).__name__}: {error}; finished steps are kept, continue with --resume"
+        raise (
+            error
+            if isinstance(error, FocalError)
+            else FocalError(
+                f"seed {seed} failed: {type(error).__name__}: {error}; finished steps are kept, continue with --resume"
+            )
         ) from error
     return run_dir
 
@@ -203,19 +205,14 @@ def training_data(collection: Collection, quality: str) -> TrainingData:
 
 def _run_folder(request: TrainRequest, collection: Collection, settings: TrainSettings) -> Path:
     if request.name is not None:
-        folder = request.runs / request.name
-        if request.resume and not folder.exists():
-            raise FocalError(f"no run {folder} to resume; leave --resume out to start it")
-        return folder
+        return request.runs / request.name
     if request.resume:
         return newest_run(request.runs)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return request.runs / f"{collection.family}-{request.quality}-{settings.algo}-{stamp}"
 
 
-def test_run(
-    run_dir: Path, quality: str | None, context_size: int | None, episodes: int, test_seed: int
-) -> RunTest:
+def test_run(run_dir: Path, quality: str | None, context_size: int | None, episodes: int, test_seed: int) -> RunTest:
     """Meta-test every trained seed of a run on its collection's test tasks; results are saved in RUN/test.json.
 
     Raises `FocalError` when the run or its collection is missing or does not fit.
@@ -229,19 +226,12 @@ def test_run(
         if not seed_folder(run_dir, seed).is_dir():
             continue
         agent = load_agent(run_dir, seed)
-        results[seed] = meta_test(agent, untrained_agent(run, seed), tasks, size, episodes, test_seed)
+        results[seed] = meta_test(agent, load_untrained_agent(run_dir, seed), tasks, size, episodes, test_seed)
     if not results:
-        raise FocalError(f"{run_dir} holds no trained seed; continue it with: focal-cli train --resume --name {run_dir.name}")
+        raise FocalError(f"{run_dir} holds no trained seed; train it: focal-cli train --resume --name {run_dir.name}")
     tested = RunTest(run_dir, run.settings, size, episodes, test_seed, results)
     write_json(run_dir / "test.json", tested.to_json())
     return tested
-
-
-def untrained_agent(run: Run, seed: int) -> Agent:
-    """Return a run's agent as it was before its first gradient step."""
-    weights = np.random.SeedSequence(seed).generate_state(2, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(weights))
-    return new_agent(run.settings, run.transform, run.act_dim, generator)
 
 
 def _collection_of(run: Run) -> Collection:

@@ -10,6 +10,8 @@ from typing import Any
 
 from .errors import FocalError
 
+TEMPORARY = ".tmp-"
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -17,7 +19,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises `FocalError` when the disk is full.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -30,6 +32,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if is_disk_full(error):
             raise disk_full(path) from error
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers left in `folder`; only for a folder that this process alone writes to."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        leftover.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -40,10 +40,14 @@ def parse_assignments(pairs: typing.Iterable[str]) -> dict[str, str]:
 def to_dict(settings: Any) -> dict[str, Any]:
     """Return the settings as plain JSON values (tuples become lists)."""
     return {
-        field.name: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        field.name: to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
         for field in dataclasses.fields(settings)
         for value in [getattr(settings, field.name)]
     }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_dict(cls: type[S], values: Mapping[str, Any]) -> S:

@@ -32,9 +32,7 @@ SB3_LOG_STD_BOUNDS = (-20.0, 2.0)
 class SacAgent:
     """SAC on one task. `seed_of(chunk)` gives the seed of each chunk of training; chunk 0 initialises the networks."""
 
-    def __init__(
-        self, family: TaskFamily, task: TaskParameters, settings: SacSettings, seed_of: Callable[[int], int]
-    ):
+    def __init__(self, family: TaskFamily, task: TaskParameters, settings: SacSettings, seed_of: Callable[[int], int]):
         self.settings, self.seed_of = settings, seed_of
         self.chunk = 0  # chunks trained so far
         self._saved_steps = 0  # replay rows already on disk

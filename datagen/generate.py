@@ -59,12 +59,12 @@ def generate(request: GenerateRequest, progress: Progress | None = None) -> Coll
     header = _header(request, tasks)
     if is_committed(request.path):
         collection = open_collection(request.path)
-        if not collection.matches(header):
+        if collection.header != header:
             raise FocalError(
                 f"{request.path} holds a complete collection made with other settings; "
                 "choose another folder with -o, or remove that one"
             )
-        return collection
+        return commit_collection(request.path, header, {})  # only clears what a kill after the commit left
     begin_collection(request.path, header)
     origin = provenance()
     jobs = {

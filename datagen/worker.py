@@ -28,8 +28,9 @@ from ..datasets import (
     seal_task,
     write_segment,
 )
-from ..envs import BatchedEnvs, Policy, Rollouts, TaskFamily, TaskParameters, get_family, make_batch, rollout
+from ..envs import BatchedEnvs, Policy, Rollouts, Split, TaskFamily, TaskParameters, get_family, make_batch, rollout
 from ..errors import FocalError
+from ..files import remove_leftovers
 from ..settings import to_dict
 from ..trainer.networks import TanhGaussianPolicy
 from ..trainer.policies import load_policy_file, save_policy
@@ -51,7 +52,7 @@ class TaskJob:
     collection: Path
     family: str
     index: int
-    split: str
+    split: Split
     parameters: TaskParameters
     settings: GenerateSettings
     seed: int
@@ -86,10 +87,10 @@ def run_task(job: TaskJob, report: Report) -> None:
     with _lock(job):
         if is_sealed(job.collection, job.index):
             return
+        for folder in (job.learner_folder, job.policy_path(0).parent):
+            remove_leftovers(folder)
         family = get_family(job.family)
-        agent = SacAgent(
-            family, job.parameters, job.settings.sac, lambda chunk: job.seed_of(TRAIN_STREAM, chunk)[0]
-        )
+        agent = SacAgent(family, job.parameters, job.settings.sac, lambda chunk: job.seed_of(TRAIN_STREAM, chunk)[0])
         restored = agent.restore(job.learner_folder)
         report(job.index, "steps", agent.steps)
         envs = make_batch(family, [job.parameters] * job.settings.episodes_per_checkpoint, threads=1)
@@ -222,12 +223,15 @@ def best_checkpoint(job: TaskJob) -> int:
     return max(means, key=lambda step: means[step])
 
 
+LOCK_PATIENCE = 30.0  # seconds; workers of a killed command need a moment to notice
+
+
 @contextmanager
-def _lock(job: TaskJob, patience: float = 30.0) -> Iterator[None]:
-    """Hold the task alone. A killed process releases its lock by dying; its workers need a moment to notice."""
+def _lock(job: TaskJob) -> Iterator[None]:
+    """Hold the task alone. A killed process releases its lock by dying."""
     path = job.collection / "staging" / "locks" / f"task_{job.index:04d}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + LOCK_PATIENCE
     with open(path, "w") as file:
         while True:
             try:

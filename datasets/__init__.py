@@ -16,9 +16,10 @@ from .collecting import (
     seal_task,
     write_segment,
 )
-from .collection import Collection, find_collections, is_committed, open_collection
+from .collection import Collection
 from .episodes import QUALITIES, End, Episodes, Quality, Transitions
 from .integrity import VerifyReport, verify_collection
+from .opening import find_collections, is_committed, open_collection
 from .quality import QualityRule, checkpoint_scores, draw_heldout, label_checkpoints
 from .records import CollectionHeader, References, TaskRecord
 from .tasks import Count, TaskEntry

@@ -2,7 +2,7 @@
 
 The files are plain Zarr v3, and the tests read them with the zarr package and read what zarr wrote. They are not read
 through zarr, because it returns zeros for a missing chunk, allocates whatever shape or frame size a file claims and
-does not name the chunk that is damaged; it also neither fsyncs nor is quick with arrays this small (100 ms a store).
+does not name the chunk that is damaged; opening and reading a small store also takes it tens of milliseconds.
 
     observations/zarr.json      shape, type, chunk shape, the codec chain below
     observations/c/0/0          rows 0 .. n-1 at full width:  blosc frame | crc32c of it, 4 bytes
@@ -25,7 +25,7 @@ from .episodes import Array
 from .storage import AGAIN, read_bytes, to_json, write_file
 
 CHUNK_BYTES = 8 * 2**20
-"""Aim for chunks of this size: fewer files than episodes have, and still small enough to decode in cache."""
+"""A chunk aims at this size: a usual task is one file per array, and a padded last chunk costs little."""
 MAX_CHUNK_BYTES = 64 * 2**20
 MAX_ARRAY_BYTES = 32 * 2**30
 MAX_METADATA_BYTES = 2**16
@@ -53,16 +53,20 @@ class Layout:
         """Bytes of one decoded chunk, padding included."""
         return self.chunk_rows * self.row_bytes
 
-    def chunk_files(self) -> list[str]:
-        """The chunks' paths inside the array's folder, in row order."""
-        count = -(-self.shape[0] // self.chunk_rows)
-        return [f"c/{chunk}" + "/0" * (len(self.shape) - 1) for chunk in range(count)]
+    @property
+    def num_chunks(self) -> int:
+        """How many chunk files there are."""
+        return -(-self.shape[0] // self.chunk_rows)
+
+    def chunk_files(self) -> Iterator[str]:
+        """Give the chunks' paths inside the array's folder, in row order; one by one, since a claim may be absurd."""
+        return (f"c/{chunk}" + "/0" * (len(self.shape) - 1) for chunk in range(self.num_chunks))
 
 
 def write_array(
     folder: Path, values: Array, chunk_bytes: int = CHUNK_BYTES, compressor: str = "zstd"
 ) -> dict[str, Any]:
-    """Write `values` (rows first) as a Zarr v3 array into `folder`, every file fsynced; return its metadata."""
+    """Write `values` (rows first) as a Zarr v3 array into `folder`; return its metadata."""
     values = np.ascontiguousarray(values)
     row_bytes = max(1, values.nbytes // max(1, len(values)))
     layout = Layout(values.shape, values.dtype, max(1, min(len(values), chunk_bytes // row_bytes)))
@@ -141,17 +145,14 @@ def _chunk_rows(metadata: Mapping[str, Any], where: str, shape: tuple[int, ...])
 
 
 def _check_codecs(codecs: object, where: str) -> None:
-    names = (
-        [codec.get("name") if isinstance(codec, dict) else codec for codec in codecs]
-        if isinstance(codecs, list)
-        else codecs
-    )
-    if names != ["bytes", "blosc", "crc32c"] or not isinstance(codecs, list):
+    chain: list[Any] = codecs if isinstance(codecs, list) else [codecs]
+    names = [codec.get("name") if isinstance(codec, dict) else codec for codec in chain]
+    if names != ["bytes", "blosc", "crc32c"] or not all(isinstance(codec, dict) for codec in chain):
         raise _unsafe(where, "codecs", repr(names)[:80], "bytes, blosc, crc32c")
-    endian = codecs[0].get("configuration", {"endian": "little"})
+    endian = chain[0].get("configuration", {"endian": "little"})
     if endian != {"endian": "little"}:
         raise _unsafe(where, "byte order", repr(endian)[:80], "little")
-    settings = codecs[1].get("configuration")
+    settings = chain[1].get("configuration")
     if not isinstance(settings, dict) or settings.get("cname") not in _COMPRESSORS:
         raise _unsafe(where, "blosc settings", repr(settings)[:80], f"a cname of {', '.join(_COMPRESSORS)}")
 
@@ -161,14 +162,13 @@ def check_chunk_files(where: str, layout: Layout, sizes: Mapping[str, int]) -> N
 
     `sizes` maps the files in the array's folder to bytes. A missing chunk is damage here, never zeros.
     """
-    expected = layout.chunk_files()
-    for number, name in enumerate(expected):
+    for number, name in enumerate(layout.chunk_files()):
         if name not in sizes:
-            raise FocalError(f"{where}: chunk {number} of {len(expected)} is missing (file {name}); {AGAIN}")
+            raise FocalError(f"{where}: chunk {number} of {layout.num_chunks} is missing (file {name}); {AGAIN}")
         largest = layout.chunk_bytes + _BLOSC_HEADER + _CHECKSUM
         if sizes[name] > largest:
             raise _unsafe(where, f"chunk {number}", f"{sizes[name]} bytes", f"at most {largest}")
-    if extra := sorted(set(sizes) - {*expected, "zarr.json"}):
+    if extra := sorted(set(sizes) - {*layout.chunk_files(), "zarr.json"}):
         raise _unsafe(where, "an extra file", repr(extra[0]), "only the declared chunks")
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from .episodes import QUALITIES
+from .quality import QualityRule
 from .records import CollectionHeader
 from .tasks import TaskEntry
 
@@ -39,7 +40,7 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
         lines.append(f"| {quality} | {have} of {len(tasks)} | {episodes:,} | {total:,} |")
     lines += [
         "",
-        "`mixed` is every episode. A tenth of every checkpoint's episodes is held out from training.",
+        "`mixed` is every episode. " + _rule(tasks[0].rule),
         "",
         _failed(failed),
         "",
@@ -50,8 +51,8 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
         "    import zarr",
         f"    zarr.open_group('tasks/{tasks[0].path.name}', mode='r')['observations'][:]",
         "",
-        "Step t of episode e is row `offset[e] + e + t` of the observations, offset being the sum of the lengths before "
-        "it; the next observation is the next row. With this project's software:",
+        "Step t of episode e is row `offset[e] + e + t` of the observations, offset being the sum of the lengths "
+        "before it; the next observation is the next row. With this project's software:",
         "",
         "    focal-cli data show PATH          # levels, returns, settings",
         "    focal-cli data verify PATH        # every checksum, every count",
@@ -61,6 +62,15 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _rule(rule: QualityRule) -> str:
+    return (
+        "A checkpoint's score is (return - random) / (expert - random) of stochastic episodes: `random` is every "
+        f"checkpoint before the first score above {rule.random_below:g}, `medium` the one nearest "
+        f"{rule.medium_target:g} within [{rule.medium_low:g}, {rule.medium_high:g}], `expert` all from "
+        f"{rule.expert_from:g}. {rule.heldout_fraction:.0%} of every checkpoint's episodes are held out from training."
+    )
 
 
 def _failed(failed: Sequence[TaskEntry]) -> str:

@@ -1,63 +1,71 @@
 """Building a collection: begin, write segments, seal tasks, commit. Every step is atomic and may be repeated.
 
     begin_collection   staging/header.json                    what is being built; a rerun must agree with it
-    write_segment      staging/task_0003/ckpt_000050000/      the episodes of one checkpoint
+    write_segment      staging/task_0003/ckpt_000050000.npz   the episodes of one checkpoint
     seal_task          tasks/task_0003.zarr/                  all segments, labelled, with a held-out draw
     commit_collection  README.md, dataset.json                checksums; from here on it is complete and read-only
                        staging/ is deleted
 
 Killed anywhere, the same calls again finish the work and lose the step under way at most. One process at a time works
 on a task; different tasks may be written by different processes.
+
+A segment is one npz file, not a store: it is read once, by the machine that wrote it, and a store's 40 files would
+cost 40 times the fsyncs at every checkpoint.
 """
 
 import datetime
 import hashlib
+import io
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import FocalError
 from .card import dataset_card
-from .collection import (
+from .collection import Collection
+from .episodes import Episodes
+from .opening import (
     COLLECTION_FORMAT,
     DOCUMENT,
-    MAX_DOCUMENT_BYTES,
+    HEADER,
     STAGING,
-    Collection,
     check_allowed,
     check_belongs,
     collection_hash,
+    describe_task,
     document_hash,
     generate_command,
     inspect_tasks,
     is_committed,
     open_collection,
 )
-from .episodes import Episodes
 from .quality import QualityRule, label_episodes
 from .records import CollectionHeader, TaskRecord, differences
 from .storage import (
+    AGAIN,
+    TEMPORARY,
+    file_hash,
     list_files,
     make_folder,
     new_folder,
+    read_bytes,
     read_json,
-    remove_folder,
     remove_temporaries,
     replace_file,
     to_json,
     write_file,
     writing,
 )
-from .store import inspect_store, write_store
-from .tasks import store_path, task_name, write_task
+from .store import episode_arrays, episodes_of
+from .tasks import TaskEntry, store_path, task_name, write_task
 
-SEGMENT_FORMAT = "focal-segment/1"
-
-_HEADER = "header.json"
-_SEGMENT = re.compile(r"ckpt_(\d{9,})")
+_SEGMENT = re.compile(r"ckpt_(\d{9,})\.npz")
 
 
 def begin_collection(path: Path, header: CollectionHeader) -> None:
@@ -69,7 +77,7 @@ def begin_collection(path: Path, header: CollectionHeader) -> None:
     if is_committed(path):
         raise FocalError(f"{path} is complete and never changed; choose another folder with -o, or delete {path}")
     staging = path / STAGING
-    if (staging / _HEADER).is_file():
+    if (staging / HEADER).is_file():
         _check_header(path, header)
         return
     if path.exists() and (strange := _strange_entries(path)):
@@ -78,8 +86,8 @@ def begin_collection(path: Path, header: CollectionHeader) -> None:
             "choose another folder with -o"
         )
     make_folder(staging)
-    remove_temporaries(staging, _HEADER)
-    replace_file(staging / _HEADER, to_json(header.to_json()))
+    remove_temporaries(staging, HEADER)
+    replace_file(staging / HEADER, to_json(header.to_json()))
 
 
 def _strange_entries(path: Path) -> list[str]:
@@ -87,14 +95,12 @@ def _strange_entries(path: Path) -> list[str]:
     if not path.is_dir():
         return [path.name]
     names = [entry.name for entry in path.iterdir() if entry.name != STAGING]
-    staging = path / STAGING
-    return sorted(names) + sorted(
-        p.name for p in staging.glob("*") if staging.is_dir() and not p.name.startswith(".tmp-")
-    )
+    names += [entry.name for entry in (path / STAGING).glob("*") if not entry.name.startswith(TEMPORARY)]
+    return sorted(names)
 
 
 def _check_header(path: Path, header: CollectionHeader) -> None:
-    document = read_json(path / STAGING / _HEADER, MAX_DOCUMENT_BYTES)
+    document = read_json(path / STAGING / HEADER)
     if changed := differences(document, header.to_json()):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise FocalError(
@@ -109,7 +115,7 @@ def write_segment(collection: Path, task_index: int, sac_step: int, episodes: Ep
     Raises `FocalError` for inconsistent episodes or a full disk.
     """
     where = f"task {task_index}, segment at step {sac_step}"
-    if not (collection / STAGING / _HEADER).is_file():
+    if not (collection / STAGING / HEADER).is_file():
         raise FocalError(f"{collection} is no collection under way; run focal-cli data generate")
     final = _segment_path(collection, task_index, sac_step)
     if final.exists():
@@ -120,8 +126,9 @@ def write_segment(collection: Path, task_index: int, sac_step: int, episodes: Ep
             f"{where}: found sac_steps {episodes.sac_steps[:3].tolist()}, expected {sac_step} in all episodes"
         )
     make_folder(final.parent)
-    with new_folder(final) as folder:
-        write_store(folder, SEGMENT_FORMAT, episodes, {"task": task_index, "sac_step": sac_step})
+    buffer = io.BytesIO()
+    np.savez(buffer, **episode_arrays(episodes))  # type: ignore[arg-type]
+    replace_file(final, buffer.getvalue())
 
 
 def list_segments(collection: Path, task_index: int) -> list[int]:
@@ -137,18 +144,20 @@ def list_segments(collection: Path, task_index: int) -> list[int]:
 def read_segment(collection: Path, task_index: int, sac_step: int) -> Episodes:
     """Read a segment back. Raises `FocalError` telling to delete it when it is damaged."""
     path = _segment_path(collection, task_index, sac_step)
-    where = f"{collection}: task {task_index}, segment at step {sac_step}"
     try:
-        return inspect_store(path, where, SEGMENT_FORMAT, list_files(path)).read_episodes()
-    except FocalError as error:
-        reason = str(error).rpartition("; ")[0]
+        with np.load(path, allow_pickle=False) as arrays:
+            episodes = episodes_of(dict(arrays))
+        episodes.validate(f"{path}")
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, FocalError) as error:
         raise FocalError(
-            f"{reason}; delete {path} and run the same command again: {generate_command(collection)}"
+            f"{path} is damaged ({' '.join(str(error).split())[:100]}), expected the episodes of one checkpoint; "
+            f"delete it and run the same command again: {generate_command(collection)}"
         ) from error
+    return episodes
 
 
 def _segment_path(collection: Path, task_index: int, sac_step: int) -> Path:
-    return collection / STAGING / task_name(task_index) / f"ckpt_{sac_step:09d}"
+    return collection / STAGING / task_name(task_index) / f"ckpt_{sac_step:09d}.npz"
 
 
 def is_sealed(collection: Path, index: int) -> bool:
@@ -164,8 +173,8 @@ def seal_task(collection: Path, record: TaskRecord, rule: QualityRule, seed: int
     """
     if is_sealed(collection, record.index):
         return
-    document = read_json(collection / STAGING / _HEADER, MAX_DOCUMENT_BYTES)
-    header = CollectionHeader.from_json(document, f"{collection} {_HEADER}")
+    document = read_json(collection / STAGING / HEADER)
+    header = CollectionHeader.from_json(document, f"{collection} {HEADER}")
     check_belongs(collection, header, record.index, record.family, record.split)
     steps = list_segments(collection, record.index)
     if not steps:
@@ -197,19 +206,17 @@ def commit_collection(collection: Path, header: CollectionHeader, provenance: Ma
                 f"{collection}: {len(missing)} of {len(header.indices)} tasks are not sealed (first: {missing[0]}); "
                 f"finish them: {generate_command(collection)}"
             )
-        for folder in [
-            collection,
-            *(folder for name in ("tasks", "policies") for folder in _folders(collection / name)),
-        ]:
+        for folder in (collection, collection / "tasks", *_subfolders(collection / "policies")):
             remove_temporaries(folder)
         write_document(collection, header, provenance)
-    remove_folder(collection / STAGING)
-    remove_temporaries(collection, STAGING)
+    with writing(collection / STAGING):
+        if (collection / STAGING).exists():
+            shutil.rmtree(collection / STAGING)
     return open_collection(collection)
 
 
-def _folders(root: Path) -> list[Path]:
-    return [root, *(entry for entry in root.iterdir() if entry.is_dir())] if root.is_dir() else []
+def _subfolders(root: Path) -> list[Path]:
+    return [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
 
 
 def write_document(
@@ -217,15 +224,15 @@ def write_document(
     header: CollectionHeader,
     provenance: Mapping[str, Any],
     derived_from: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Write the card and, last, dataset.json for the sealed tasks in `folder`: the commit point."""
+) -> list[TaskEntry]:
+    """Write the card and, last, dataset.json for the sealed tasks in `folder`: the commit point. Return the tasks."""
     present = list_files(folder, skip=(STAGING, DOCUMENT, "README.md"))
     for name in present:
         check_allowed(folder, name)
     tasks = inspect_tasks(folder, header.indices, present)
     for entry in tasks:
         check_belongs(folder, header, entry.index, entry.record.family, entry.split)
-    replace_file(folder / "README.md", dataset_card(header, tasks).encode())
+    replace_file(folder / "README.md", dataset_card(header, tasks).encode(errors="replace"))
     files = {}
     for name, size in list_files(folder, skip=(STAGING, DOCUMENT)).items():
         files[name] = {"bytes": size, "sha256": file_hash(folder / name)}
@@ -235,25 +242,12 @@ def write_document(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "derived_from": list(derived_from),
         "provenance": dict(provenance),
-        "tasks": [
-            {
-                "index": entry.index,
-                "split": entry.split,
-                **asdict(entry.counts["mixed"]),
-                "content_hash": entry.content_hash,
-            }
-            for entry in tasks
-        ],
+        "tasks": [describe_task(entry) for entry in tasks],
         "content_hash": collection_hash(tasks),
         "files": files,
     }
     replace_file(folder / DOCUMENT, to_json({**document, "document_hash": document_hash(document)}))
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return tasks
 
 
 def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
@@ -279,18 +273,21 @@ def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
             store = store_path(folder, entry.index)
             store.mkdir(parents=True)
             write_task(store, entry.record, rule, entry.heldout_seeds, labelled)
-        for name, (_, sha256) in source.files.items():
+        for name, (size, sha256) in source.files.items():
             if name.startswith("policies/"):
-                _copy_file(src / name, folder / name, sha256)
-        write_document(folder, header, source.provenance, [*source.derived_from, origin])
+                _copy_file(src / name, folder / name, size, sha256)
+        copies = write_document(folder, header, source.provenance, [*source.derived_from, origin])
+        for entry, copy in zip(source.tasks, copies, strict=True):
+            changed = {name for name, value in copy.content.items() if value != entry.content[name]}
+            if damaged := sorted(changed - {"episodes/quality", "episodes/heldout"}):
+                raise FocalError(
+                    f"{src}: task {entry.index}, array {damaged[0]} does not have its content hash; {AGAIN}"
+                )
     return open_collection(dst)
 
 
-def _copy_file(source: Path, target: Path, sha256: str) -> None:
-    data = source.read_bytes()
+def _copy_file(source: Path, target: Path, size: int, sha256: str) -> None:
+    data = read_bytes(source, size)
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise FocalError(
-            f"{source} was changed after the collection was written (sha256 differs); delete the collection "
-            "and unpack or generate it again"
-        )
+        raise FocalError(f"{source} is damaged (sha256 differs from {DOCUMENT}); {AGAIN}")
     write_file(target, data)

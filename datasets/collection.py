@@ -1,12 +1,9 @@
-"""A committed collection: open it (which checks its structure), choose tasks and qualities, load them into memory.
+"""A committed collection: choose tasks and qualities, and load them into memory.
 
-Opening reads metadata only. Everything a file could lie about is settled there: the list of files and their sizes
-against dataset.json, every zarr.json against its sha256, every shape, type, codec and chunk file against the declared
-sizes, and the content hash of the whole. Loading then decodes chunks under their crc32c.
+`open_collection` (opening.py) makes it. Loading decodes chunks under their crc32c straight into contiguous arrays;
+nothing is cached, and held-out episodes are separated here and nowhere else.
 """
 
-import hashlib
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,21 +14,8 @@ import numpy as np
 
 from ..errors import FocalError, UsageError, did_you_mean
 from .episodes import QUALITIES, Array, Episodes, Quality, Transitions
-from .records import CollectionHeader, Reader, Split
-from .storage import AGAIN, canonical_json, list_files, parse_json, read_bytes, read_json
-from .store import MAX_ATTRIBUTE_BYTES, check_format
-from .tasks import TaskEntry, inspect_task, task_name
-
-COLLECTION_FORMAT = "focal-collection/1"
-DOCUMENT = "dataset.json"
-STAGING = "staging"
-MAX_DOCUMENT_BYTES = 64 * 2**20
-
-_ALLOWED = re.compile(
-    r"README\.md|LICENSE\.data\.txt|dataset\.json"
-    r"|tasks/task_\d{4,6}\.zarr/[a-z0-9_/]+(\.json)?|tasks/task_\d{4,6}\.zarr/zarr\.json"
-    r"|policies/task_\d{4,6}/[A-Za-z0-9_-]+\.(safetensors|json)"
-)
+from .records import CollectionHeader
+from .tasks import TaskEntry
 
 
 @dataclass(frozen=True)
@@ -78,7 +62,7 @@ class Collection:
         return self.header.authors
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Resolved settings of stage one."""
         return self.header.settings
 
@@ -108,8 +92,8 @@ class Collection:
             if entry.index == index:
                 return entry
         raise FocalError(
-            f"{self.path} has no task {index}, expected one of {_ranges([entry.index for entry in self.tasks])}; "
-            f"see focal-cli data show {_quoted(self.path)}"
+            f"{self.path} has no task {index}, expected one of {ranges([entry.index for entry in self.tasks])}; "
+            f"see focal-cli data show {quoted(self.path)}"
         )
 
     def train_tasks(self) -> tuple[TaskEntry, ...]:
@@ -140,7 +124,7 @@ class Collection:
             part = "" if heldout is None else " held-out" if heldout else " training"
             raise FocalError(
                 f"{self.path}: task {index} has no{part} '{quality}' episodes, it has {_levels([entry])}; "
-                f"see focal-cli data show {_quoted(self.path)}"
+                f"see focal-cli data show {quoted(self.path)}"
             )
         return episodes
 
@@ -158,14 +142,14 @@ class Collection:
             if entry.split == "test":
                 raise FocalError(
                     f"{self.path}: task {entry.index} is a test task and never trained on, expected one of "
-                    f"{_ranges([task.index for task in self.train_tasks()])}"
+                    f"{ranges([task.index for task in self.train_tasks()])}"
                 )
             if (episodes := self._select(entry, quality, heldout=False)) is not None:
                 loaded.append((entry, episodes.transitions()))
         if not loaded:
             raise FocalError(
                 f"{self.path}: no training task has '{quality}' episodes, there are {_levels(entries)}; "
-                f"run focal-cli train --collection {_quoted(self.path)} --data mixed"
+                f"run focal-cli train --collection {quoted(self.path)} --data mixed"
             )
         return loaded
 
@@ -195,172 +179,6 @@ class Collection:
         return episodes.select(mask) if mask.any() else None
 
 
-def open_collection(path: Path | str) -> Collection:
-    """Open a committed collection after checking its structure; the module docstring says what is checked.
-
-    Raises `FocalError` for one that is interrupted, of another format, damaged or hostile.
-    """
-    path = Path(path)
-    if not (path / DOCUMENT).is_file():
-        raise _not_a_collection(path)
-    document = read_json(path / DOCUMENT, MAX_DOCUMENT_BYTES)
-    where = str(path / DOCUMENT)
-    check_format(document, COLLECTION_FORMAT, where)
-    if document.get("document_hash") != document_hash(document):
-        raise FocalError(f"{where} was changed after it was written (its document_hash differs); {AGAIN}")
-    header = CollectionHeader.from_json(document, where)
-    files = _listed_files(document, where)
-    present = list_files(path, skip=(STAGING,))
-    _check_files(path, files, present)
-    tasks = tuple(_open_tasks(path, header, files))
-    read = Reader(document, where)
-    content = collection_hash(tasks)
-    if content != read.text("content_hash"):
-        raise FocalError(f"{path}: content hash is {content[:12]}, expected {read.text('content_hash')[:12]}; {AGAIN}")
-    return Collection(
-        path=path,
-        header=header,
-        content_hash=content,
-        tasks=tasks,
-        created=read.text("created"),
-        provenance=read.mapping("provenance"),
-        derived_from=tuple(read.items("derived_from", dict)),
-        files=files,
-    )
-
-
-def find_collections(stores: Path | str) -> list[Path]:
-    """Return the committed collections directly inside the folder `stores`, by name; none where it does not exist."""
-    folder = Path(stores)
-    if not folder.is_dir():
-        return []
-    return sorted(entry for entry in folder.iterdir() if is_committed(entry) and not entry.name.startswith("."))
-
-
-def is_committed(collection: Path | str) -> bool:
-    """Whether the collection is complete: dataset.json, written last, is there."""
-    return (Path(collection) / DOCUMENT).is_file()
-
-
-def document_hash(document: Mapping[str, Any]) -> str:
-    """Hash of everything dataset.json says, but this hash: finds a changed digit in the settings, too."""
-    return hashlib.sha256(
-        canonical_json({key: value for key, value in document.items() if key != "document_hash"})
-    ).hexdigest()
-
-
-def collection_hash(tasks: Sequence[TaskEntry]) -> str:
-    """The content hash: over the content hash of every task, by index."""
-    return hashlib.sha256(canonical_json([[entry.index, entry.content_hash] for entry in tasks])).hexdigest()
-
-
-def inspect_tasks(path: Path, indices: Sequence[int], files: Mapping[str, int]) -> list[TaskEntry]:
-    """Check the structure of every sealed task; `files` maps the collection's files to bytes."""
-    stores: dict[str, dict[str, int]] = {task_name(index): {} for index in indices}
-    for name, size in files.items():
-        parts = name.split("/", 2)
-        if parts[0] == "tasks":
-            task = parts[1].removesuffix(".zarr")
-            if task not in stores:
-                raise FocalError(f"{path}: {name!r} belongs to no task of this collection; {AGAIN}")
-            stores[task][parts[2]] = size
-    entries = [inspect_task(path, index, stores[task_name(index)]) for index in indices]
-    for entry in entries[1:]:
-        sizes, first = entry.store.sizes, entries[0].store.sizes
-        widths, expected = (
-            (sizes.observation_dim, sizes.action_dim, entry.store.attributes["infos"]),
-            (first.observation_dim, first.action_dim, entries[0].store.attributes["infos"]),
-        )
-        if widths != expected:
-            raise FocalError(
-                f"{path}: task {entry.index} has observation width, action width and infos {widths}, "
-                f"expected {expected} as in task {entries[0].index}; {AGAIN}"
-            )
-    return entries
-
-
-def check_allowed(path: Path, name: str) -> None:
-    """Refuse a file no collection has: the list holds nothing that could be executed or unpickled."""
-    if not _ALLOWED.fullmatch(name):
-        raise FocalError(
-            f"{path}: unexpected file {name!r}, expected only tasks/, policies/ (safetensors, json) and README.md; "
-            "delete it and run the same command again"
-        )
-
-
-def _open_tasks(path: Path, header: CollectionHeader, files: Mapping[str, tuple[int, str]]) -> list[TaskEntry]:
-    for name, (_, sha256) in files.items():
-        if name.endswith("/zarr.json"):
-            found = hashlib.sha256(read_bytes(path / name, MAX_ATTRIBUTE_BYTES)).hexdigest()
-            if found != sha256:
-                raise FocalError(
-                    f"{path}: {name} was changed after the collection was written (sha256 differs); {AGAIN}"
-                )
-    entries = inspect_tasks(path, header.indices, {name: size for name, (size, _) in files.items()})
-    for entry in entries:
-        check_belongs(path, header, entry.index, entry.record.family, entry.split)
-    return entries
-
-
-def check_belongs(path: Path, header: CollectionHeader, index: int, family: str, split: Split) -> None:
-    """Check that a task has the family and split the collection gives it."""
-    if index not in header.indices:
-        raise FocalError(f"{path}: task {index} is not among the collection's tasks {_ranges(header.indices)}; {AGAIN}")
-    if (family, split) != (header.family, header.split_of(index)):
-        raise FocalError(
-            f"{path}: task {index} is a {split} task of {family}, expected a {header.split_of(index)} task of "
-            f"{header.family}; {AGAIN}"
-        )
-
-
-def _listed_files(document: Mapping[str, Any], where: str) -> dict[str, tuple[int, str]]:
-    files = {}
-    for name, facts in Reader(document, where).mapping("files").items():
-        read = Reader(facts if isinstance(facts, dict) else {}, f"{where} file {name[:200]!r}")
-        files[name] = read.integer("bytes"), read.text("sha256")
-    return files
-
-
-def _check_files(path: Path, listed: Mapping[str, tuple[int, str]], present: Mapping[str, int]) -> None:
-    """Compare the files that are there with those dataset.json lists: names and sizes."""
-    for name in sorted({*listed, *present} - {DOCUMENT}):
-        if name not in present:
-            raise FocalError(f"{path}: {name!r} is missing, dataset.json lists it; {AGAIN}")
-        if name not in listed:
-            raise FocalError(f"{path}: extra file {name!r}, dataset.json does not list it; delete it")
-        if present[name] != listed[name][0]:
-            raise FocalError(
-                f"{path}: {name!r} has {present[name]} bytes, dataset.json lists {listed[name][0]}; {AGAIN}"
-            )
-        check_allowed(path, name)
-
-
-def _not_a_collection(path: Path) -> FocalError:
-    if not path.exists():
-        return FocalError(f"no collection at {path}; see which there are: focal-cli data list")
-    if path.is_file():
-        return FocalError(
-            f"{path} is a file, expected a collection's folder; unpack it: focal-cli bundle unpack {_quoted(path)}"
-        )
-    if not (path / STAGING).is_dir():
-        return FocalError(f"{path} has no {DOCUMENT}, so it is no collection; see which there are: focal-cli data list")
-    return FocalError(
-        f"{path} is an interrupted collection ({DOCUMENT} is missing); finish it by running the same command again: "
-        f"{generate_command(path)}"
-    )
-
-
-def generate_command(path: Path) -> str:
-    """The command that began the collection under way at `path`, as far as its header tells."""
-    try:
-        document = parse_json(read_bytes(path / STAGING / "header.json", MAX_DOCUMENT_BYTES), "header.json")
-        header = CollectionHeader.from_json(document, "header.json")
-    except FocalError:
-        return f"focal-cli data generate -o {_quoted(path)}"
-    words = ["focal-cli", "data", "generate", "--env", header.family, "--scale", header.scale]
-    return shlex.join([*words, "--seed", str(header.seed), "--tasks-from", header.tasks_from, "-o", str(path)])
-
-
 def _check_quality(quality: str) -> None:
     if quality not in QUALITIES:
         raise UsageError(f"quality '{quality}'; {did_you_mean(quality, QUALITIES)}")
@@ -372,7 +190,7 @@ def _levels(entries: Sequence[TaskEntry]) -> str:
     return ", ".join(f"{quality} ({count} task{'s' * (count != 1)})" for quality, count in counts.items() if count)
 
 
-def _ranges(indices: Sequence[int]) -> str:
+def ranges(indices: Sequence[int]) -> str:
     """`0-7, 9`: consecutive indices shortened."""
     runs: list[list[int]] = []
     for index in sorted(indices):
@@ -383,5 +201,5 @@ def _ranges(indices: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     return shlex.quote(str(path))

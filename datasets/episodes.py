@@ -51,7 +51,7 @@ class Quality(IntEnum):
 QUALITIES = ("random", "medium", "expert", "mixed")
 """What a user may ask for; `mixed` is every episode, labelled or not."""
 
-PER_EPISODE = {
+PER_EPISODE: dict[str, np.dtype[Any]] = {
     "lengths": np.dtype("<i4"),
     "ends": np.dtype("u1"),
     "returns": np.dtype("<f8"),
@@ -103,7 +103,7 @@ class Episodes:
         return len(self.rewards)
 
     def validate(self, where: str = "episodes") -> None:
-        """Check shapes, types, counts, finite values and enum values. Raises `FocalError` naming `where` and the field."""
+        """Check shapes, types, counts, finite values and enums. Raises `FocalError` naming `where` and the field."""
         self._validate_fields(where)
         total, count = self.num_steps, self.num_episodes
         if count and int(self.lengths.min()) < 1:
@@ -119,6 +119,8 @@ class Episodes:
         for name, values in {**self._steps(), "returns": self.returns}.items():
             if not np.isfinite(values).all():
                 raise _inconsistent(where, name, "a value that is not finite", "finite numbers")
+        if count and int(self.sac_steps.min()) < 0:
+            raise _inconsistent(where, "sac_steps", str(int(self.sac_steps.min())), "0 or more")
         for name, allowed in (("ends", tuple(End)), ("qualities", tuple(Quality)), ("heldout", (0, 1))):
             if unknown := set(np.unique(getattr(self, name)).tolist()) - {int(value) for value in allowed}:
                 raise _inconsistent(where, name, str(min(unknown)), " or ".join(str(int(value)) for value in allowed))

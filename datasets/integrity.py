@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import FocalError
-from .collecting import file_hash
-from .collection import open_collection
+from .opening import open_collection
 from .quality import label_episodes
-from .storage import AGAIN
+from .storage import AGAIN, file_hash
 from .store import array_hash, episodes_of, evaluation_arrays
 from .tasks import TaskEntry, count_levels, with_mixed
 

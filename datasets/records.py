@@ -14,10 +14,12 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from ..errors import FocalError, UsageError
+from .episodes import Array
 from .quality import QualityRule
 from .storage import AGAIN, canonical_json, parse_json
 
 Split = Literal["train", "test", "both"]
+Floats = Sequence[float] | Array
 
 MAX_TASKS = 100_000
 
@@ -38,7 +40,7 @@ class CollectionHeader:
     """`seed` or `published`: where the tasks' parameters come from."""
     scale: str
     """`smoke`, `laptop` or `paper`; training takes the same scale unless told otherwise."""
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     """The resolved settings of stage one, JSON values."""
     train: tuple[int, ...]
     """Indices of the training tasks;"""
@@ -52,6 +54,8 @@ class CollectionHeader:
             value = getattr(self, name)
             if not isinstance(value, str) or not re.fullmatch(pattern, value):
                 raise UsageError(f"collection {name} is {value!r}, expected a match of {pattern}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise UsageError(f"seed is {self.seed!r}, expected a whole number from 0, for example --seed 0")
         for author in self.authors:
             if not isinstance(author, str) or not author.strip() or not author.isprintable():
                 raise UsageError(
@@ -97,7 +101,7 @@ class CollectionHeader:
                 authors=tuple(read.items("authors", str)),
             )
         except UsageError as error:
-            raise FocalError(f"{where}: {error}") from error
+            raise FocalError(f"{where}: {error}; {AGAIN}") from error
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,14 @@ class References:
     Dense returns unless the name says sparse; the sparse lists are empty where the family has no sparse reward.
     """
 
-    random_returns: Sequence[float]
+    random_returns: Floats
     """20 stochastic episodes of the untrained policy,"""
-    expert_returns: Sequence[float]
+    expert_returns: Floats
     """and of the best checkpoint."""
-    random_deterministic: Sequence[float]
-    expert_deterministic: Sequence[float]
-    random_sparse_deterministic: Sequence[float] = ()
-    expert_sparse_deterministic: Sequence[float] = ()
+    random_deterministic: Floats
+    expert_deterministic: Floats
+    random_sparse_deterministic: Floats = ()
+    expert_sparse_deterministic: Floats = ()
     expert_sac_step: int = 0
     """Which checkpoint the expert is."""
     reached_expert: bool = False
@@ -124,7 +128,10 @@ class References:
 
     def __post_init__(self) -> None:
         for name in _RETURNS:
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+            returns = tuple(float(value) for value in getattr(self, name))
+            object.__setattr__(self, name, returns)
+            if not all(map(math.isfinite, returns)) or (not returns and name in ("random_returns", "expert_returns")):
+                raise FocalError(f"reference {name} is {str(returns)[:80]}, expected at least one finite return")
         object.__setattr__(self, "reached_expert", bool(self.reached_expert))  # a NumPy bool is no JSON value
 
     @property
@@ -141,16 +148,13 @@ class References:
     def from_json(document: Mapping[str, Any], where: str) -> "References":
         """Rebuild references from an untrusted file."""
         read = Reader(document, where)
-        lists = {name: read.items(name, float) for name in _RETURNS}
-        for name in ("random_returns", "expert_returns"):
-            if not lists[name]:
-                raise FocalError(f"{where}: {name} is empty, expected the returns of at least one episode")
-        return References(
-            **lists,
-            expert_sac_step=read.integer("expert_sac_step"),
-            reached_expert=read.flag("reached_expert"),
-            expert_test=read.text("expert_test"),
-        )
+        returns = {name: read.items(name, float) for name in _RETURNS}
+        step, reached = read.integer("expert_sac_step"), read.flag("reached_expert")
+        test = read.text("expert_test")
+        try:
+            return References(**returns, expert_sac_step=step, reached_expert=reached, expert_test=test)
+        except FocalError as error:
+            raise FocalError(f"{where}: {error}; {AGAIN}") from error
 
 
 @dataclass(frozen=True)
@@ -159,22 +163,22 @@ class TaskRecord:
 
     index: int
     family: str
-    params: Mapping[str, Any]
+    params: dict[str, Any]
     """Numbers or nested lists of numbers that rebuild the task exactly on any machine."""
     split: Split
     env_id: str
     """A name in this package's own registry, looked up there and never executed."""
-    env_settings: Mapping[str, Any]
+    env_settings: dict[str, Any]
     horizon: int
     """H, the time limit in steps."""
-    spaces: Mapping[str, Any]
+    spaces: dict[str, Any]
     """Observation and action space as JSON."""
     absolute_x: int | None
     """Observation column that holds the absolute x, or None."""
-    behaviour: Mapping[str, Any]
+    behaviour: dict[str, Any]
     """Settings of the SAC agent that collected the data."""
     references: References
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     """Software versions, hardware, commit."""
 
     def to_json(self) -> dict[str, Any]:
@@ -196,10 +200,12 @@ class TaskRecord:
         read = Reader(document, where)
         split = read.text("split")
         if split not in ("train", "test", "both"):
-            raise FocalError(f"{where}: split is {split!r}, expected train, test or both")
+            raise FocalError(f"{where}: split is {split!r}, expected train, test or both; {AGAIN}")
         params = read.mapping("params")
         if not _only_numbers(list(params.values())):
-            raise FocalError(f"{where}: params is {str(params)[:80]!r}, expected numbers or lists of numbers only")
+            raise FocalError(
+                f"{where}: params is {str(params)[:80]!r}, expected numbers or lists of numbers only; {AGAIN}"
+            )
         return TaskRecord(
             index=read.integer("index"),
             family=read.text("family"),
@@ -272,12 +278,12 @@ def rule_from_json(document: Mapping[str, Any], where: str) -> QualityRule:
     """Rebuild the quality rule a task was labelled with."""
     names = [item.name for item in dataclasses.fields(QualityRule)]
     if sorted(document) != sorted(names):
-        raise FocalError(f"{where}: quality rule has {sorted(document)}, expected {sorted(names)}")
+        raise FocalError(f"{where}: quality rule has {sorted(document)}, expected {sorted(names)}; {AGAIN}")
     read = Reader({"rule": [document[name] for name in names]}, where)
     try:
         return QualityRule(*map(float, read.items("rule", float)))
     except UsageError as error:
-        raise FocalError(f"{where}: {error}") from error
+        raise FocalError(f"{where}: {error}; {AGAIN}") from error
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

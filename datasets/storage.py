@@ -9,11 +9,13 @@ A process killed anywhere leaves either the finished file or folder under its re
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,16 @@ def writing(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reading(source: Path) -> Iterator[None]:
+    """Turn the operating system's refusals while reading `source` into a `FocalError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FocalError(f"cannot read {source}: {reason}; check that it exists and that you may read it") from error
+
+
+@contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `final` when the block ends, and vanishes when it fails.
 
@@ -59,14 +71,14 @@ def new_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)  # a dead process had our pid
             temporary.mkdir()
             yield temporary
-            _sync_folders(temporary)
+            _sync_tree(temporary)
             os.rename(temporary, final)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and final.is_dir():
                 return
             raise
-        sync_folder(final.parent)
+        sync(final.parent)
 
 
 def replace_file(final: Path, data: bytes) -> None:
@@ -76,24 +88,21 @@ def replace_file(final: Path, data: bytes) -> None:
         try:
             temporary.unlink(missing_ok=True)
             write_file(temporary, data)
+            sync(temporary)
             os.replace(temporary, final)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(final.parent)
+        sync(final.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Create `path` with `data` and fsync it. Its folder is made when missing; an existing file is an error."""
+    """Create `path`, and its folder, with `data`; `new_folder` makes it durable. An existing file is an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
+    with open(path, "xb", buffering=0) as file:
         view = memoryview(data)
         while view:
-            view = view[os.write(descriptor, view) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            view = view[file.write(view) :]
 
 
 def make_folder(path: Path) -> None:
@@ -102,7 +111,7 @@ def make_folder(path: Path) -> None:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for folder in missing:
-            sync_folder(folder.parent)
+            sync(folder.parent)
 
 
 def temporary_name(final: Path) -> Path:
@@ -120,28 +129,20 @@ def remove_temporaries(folder: Path, name: str = "") -> None:
             shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
 
-def remove_folder(folder: Path) -> None:
-    """Delete a folder. It is renamed first, so that a kill half-way leaves a leftover and not half a folder."""
-    if folder.exists():
-        with writing(folder):
-            grave = temporary_name(folder)
-            shutil.rmtree(grave, ignore_errors=True)
-            os.rename(folder, grave)
-            shutil.rmtree(grave)
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, which makes the names in it durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path | str) -> None:
+    """fsync a file's content, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _sync_folders(root: Path) -> None:
-    for folder, _, _ in os.walk(root, topdown=False):
-        sync_folder(Path(folder))
+def _sync_tree(root: Path) -> None:
+    """fsync everything below `root`. Side by side, because a journal commits waiting calls together: 8 times faster."""
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in ("", *names)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(sync, paths))
 
 
 def list_files(root: Path, skip: tuple[str, ...] = ()) -> dict[str, int]:
@@ -154,7 +155,9 @@ def list_files(root: Path, skip: tuple[str, ...] = ()) -> dict[str, int]:
     folders = [""]
     while folders:
         folder = folders.pop()
-        for entry in os.scandir(root / folder):
+        with reading(root / folder):
+            entries = list(os.scandir(root / folder))
+        for entry in entries:
             name = f"{folder}{entry.name}"
             if name in skip:
                 continue
@@ -170,15 +173,17 @@ def list_files(root: Path, skip: tuple[str, ...] = ()) -> dict[str, int]:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """Read a whole plain file of at most `limit` bytes, never through a symbolic link."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        with open(descriptor, "rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise FocalError(f"cannot read {path}: {error.strerror}; check that it exists and is readable") from error
+    with reading(path), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise FocalError(f"{path} is larger than the {limit} bytes allowed there; {AGAIN}")
     return data
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(document: Mapping[str, Any]) -> bytes:

@@ -1,10 +1,10 @@
-"""One store: the Zarr v3 group that holds a segment's or a sealed task's episodes.
+"""One store: the Zarr v3 group that holds a sealed task's episodes.
 
     task_0000.zarr/
       zarr.json                       attributes and, for other readers, consolidated metadata
       observations (T+E, obs_dim) f4  actions (T, act_dim) f4   rewards (T,) f4   infos/<name> (T,) f4
       episodes/                       (E,) length i4, end u1, return f8, quality u1, sac_step i8, seed i8, heldout u1
-      evaluation/                     sac_step (C,) i8, returns (C, R) f8; sealed tasks only
+      evaluation/                     sac_step (C,) i8, returns (C, R) f8: every return of every checkpoint
 
 `attributes["focal"]` declares format, sizes and infos; every file must follow from those three, or the store is
 refused before a chunk is decoded.
@@ -25,11 +25,14 @@ from .episodes import PER_EPISODE, Array, Episodes
 from .records import Reader
 from .storage import AGAIN, parse_json, read_bytes, read_json, to_json, write_file
 
-MAX_EPISODES = 10**8
-MAX_STEPS = 10**9
+TASK_FORMAT = "focal-task/1"
+
+MAX_EPISODES = MAX_STEPS = 10**8
 MAX_WIDTH = 10**6
 MAX_INFOS = 64
 MAX_ATTRIBUTE_BYTES = 16 * 2**20
+BOMB_BYTES, BOMB_RATIO = 256 * 2**20, 200
+"""A store that decodes to more than both these bytes and this multiple of its files holds no real observations."""
 
 _STORED_NAMES = {
     "lengths": "episodes/length",
@@ -46,14 +49,14 @@ _F4, _F8, _I8 = np.dtype("<f4"), np.dtype("<f8"), np.dtype("<i8")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The declared dimensions of a store; `checkpoints` and `rollouts` are 0 in a segment."""
+    """The declared dimensions of a store."""
 
     episodes: int
     steps: int
     observation_dim: int
     action_dim: int
-    checkpoints: int = 0
-    rollouts: int = 0
+    checkpoints: int
+    rollouts: int
 
 
 @dataclass(frozen=True)
@@ -113,42 +116,39 @@ def evaluation_arrays(episodes: Episodes) -> dict[str, Array]:
 
 def write_store(
     folder: Path,
-    form: str,
     episodes: Episodes,
     attributes: Mapping[str, Any],
-    evaluation: Mapping[str, Array] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     compressor: str = "zstd",
 ) -> None:
-    """Write a store into the empty `folder`, every file fsynced; the caller renames it into place.
+    """Write a store into the empty `folder`; the caller makes it durable and renames it into place.
 
-    `form` is the format name; `attributes` are added beside it. Chunk size and compressor change neither what is
-    read nor the content hash.
+    `attributes` are added to format, sizes and infos. Chunk size and compressor change neither what is read nor any
+    content hash.
     """
-    evaluation = evaluation or {}
-    returns = evaluation.get("evaluation/returns", np.zeros((0, 0)))
+    evaluation = evaluation_arrays(episodes)
     sizes = Sizes(
         episodes.num_episodes,
         episodes.num_steps,
         episodes.observations.shape[1],
         episodes.actions.shape[1],
-        *returns.shape,
+        *evaluation["evaluation/returns"].shape,
     )
     infos = sorted(episodes.infos)
     arrays = {**episode_arrays(episodes), **evaluation}
     expected = {name: (values.shape, values.dtype) for name, values in arrays.items()}
-    assert expected == expected_arrays(sizes, infos, folder.name), "write_store and expected_arrays disagree"
+    assert expected == expected_arrays(sizes, infos), "write_store and expected_arrays disagree"
     members = {
         name: write_array(folder / name, values, chunk_bytes, compressor) for name, values in sorted(arrays.items())
     }
     for group in _groups(arrays):
         write_file(folder / group / "zarr.json", to_json(_group_metadata({})))
-    focal = {"format": form, "sizes": asdict(sizes), "infos": infos, **attributes}
+    focal = {"format": TASK_FORMAT, "sizes": asdict(sizes), "infos": infos, **attributes}
     metadata = {**_group_metadata({"focal": focal}), "consolidated_metadata": _consolidated(members)}
     write_file(folder / "zarr.json", to_json(metadata))
 
 
-def inspect_store(path: Path, where: str, form: str, files: Mapping[str, int]) -> Store:
+def inspect_store(path: Path, where: str, files: Mapping[str, int]) -> Store:
     """Check a store's structure: format, declared sizes, every array's metadata, every chunk file present, none extra.
 
     `files` maps the paths inside the store to bytes, from `storage.list_files`. Reads metadata only. Raises
@@ -158,9 +158,9 @@ def inspect_store(path: Path, where: str, form: str, files: Mapping[str, int]) -
         raise FocalError(f"{where}: {path}/zarr.json is missing; {AGAIN}")
     metadata = parse_json(read_bytes(path / "zarr.json", MAX_ATTRIBUTE_BYTES), path / "zarr.json")
     attributes = Reader(Reader(metadata, where).mapping("attributes"), where).mapping("focal")
-    check_format(attributes, form, where)
+    check_format(attributes, TASK_FORMAT, where)
     sizes, infos = _declared(attributes, where)
-    expected = expected_arrays(sizes, infos, where)
+    expected = expected_arrays(sizes, infos)
     below: dict[str, dict[str, int]] = {name: {} for name in expected}
     groups = [f"{group}/zarr.json" for group in _groups(expected)]
     for name, size in files.items():
@@ -177,23 +177,24 @@ def inspect_store(path: Path, where: str, form: str, files: Mapping[str, int]) -
         layouts[name] = check_metadata(members[name], f"{where}, array {name}", shape, dtype)
         check_chunk_files(f"{where}, array {name}", layouts[name], below[name])
     _check_groups(path, where, metadata, groups, members)
+    decoded, stored = sum(layout.row_bytes * layout.shape[0] for layout in layouts.values()), sum(files.values())
+    if decoded > max(BOMB_BYTES, BOMB_RATIO * stored):
+        raise FocalError(f"{where}: its {stored} bytes claim to decode to {decoded}, expected real data; {AGAIN}")
     return Store(path, where, attributes, sizes, layouts)
 
 
-def expected_arrays(sizes: Sizes, infos: list[str], where: str) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+def expected_arrays(sizes: Sizes, infos: list[str]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
     """Return shape and type of every array a store of these sizes must have."""
     steps, episodes = sizes.steps, sizes.episodes
-    arrays: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+    return {
         "observations": ((steps + episodes, sizes.observation_dim), _F4),
         "actions": ((steps, sizes.action_dim), _F4),
         "rewards": ((steps,), _F4),
         **{f"infos/{name}": ((steps,), _F4) for name in infos},
         **{_STORED_NAMES[name]: ((episodes,), dtype) for name, dtype in PER_EPISODE.items()},
+        "evaluation/sac_step": ((sizes.checkpoints,), _I8),
+        "evaluation/returns": ((sizes.checkpoints, sizes.rollouts), _F8),
     }
-    if sizes.checkpoints:
-        arrays["evaluation/sac_step"] = ((sizes.checkpoints,), _I8)
-        arrays["evaluation/returns"] = ((sizes.checkpoints, sizes.rollouts), _F8)
-    return arrays
 
 
 def array_hash(values: Array) -> str:
@@ -216,14 +217,13 @@ def check_format(document: Mapping[str, Any], form: str, where: object) -> None:
 def _declared(attributes: Mapping[str, Any], where: str) -> tuple[Sizes, list[str]]:
     read = Reader(Reader(attributes, where).mapping("sizes"), f"{where} sizes")
     episodes = read.integer("episodes", 1, MAX_EPISODES)
-    checkpoints = read.integer("checkpoints", 0, episodes)
     sizes = Sizes(
         episodes,
         read.integer("steps", episodes, MAX_STEPS),
         read.integer("observation_dim", 1, MAX_WIDTH),
         read.integer("action_dim", 1, MAX_WIDTH),
-        checkpoints,
-        read.integer("rollouts", 1 if checkpoints else 0, episodes),
+        read.integer("checkpoints", 1, episodes),
+        read.integer("rollouts", 1, episodes),
     )
     infos = Reader(attributes, where).items("infos", str)
     if (

@@ -24,8 +24,6 @@ from .records import Reader, Split, TaskRecord, rule_from_json
 from .storage import AGAIN, canonical_json
 from .store import Store, array_hash, episode_arrays, evaluation_arrays, inspect_store, write_store
 
-TASK_FORMAT = "focal-task/1"
-
 
 @dataclass(frozen=True)
 class Count:
@@ -58,8 +56,7 @@ class TaskEntry:
     @property
     def content_hash(self) -> str:
         """Hash of all arrays, the parameters and the split."""
-        arrays = dict(self.content)
-        document = {"arrays": arrays, "params": self.record.params, "split": self.record.split}
+        document = {"arrays": dict(self.content), "params": self.record.params, "split": self.record.split}
         return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
@@ -77,8 +74,7 @@ def write_task(
     folder: Path, record: TaskRecord, rule: QualityRule, heldout_seeds: Iterable[int], episodes: Episodes, **codec: Any
 ) -> None:
     """Write the store of a task, whose episodes are labelled already, into the empty `folder`."""
-    evaluation = evaluation_arrays(episodes)
-    arrays = {**episode_arrays(episodes), **evaluation}
+    arrays = {**episode_arrays(episodes), **evaluation_arrays(episodes)}
     attributes = {
         "task": record.to_json(),
         "quality": {"rule": asdict(rule), "heldout_seeds": list(heldout_seeds)},
@@ -90,13 +86,13 @@ def write_task(
         },
         "content": {name: array_hash(values) for name, values in sorted(arrays.items())},
     }
-    write_store(folder, TASK_FORMAT, episodes, attributes, evaluation, **codec)
+    write_store(folder, episodes, attributes, **codec)
 
 
 def inspect_task(collection: Path, index: int, files: Mapping[str, int]) -> TaskEntry:
     """Check a sealed store's structure and attributes without reading its chunks; `files` as for `inspect_store`."""
     path, where = store_path(collection, index), f"{collection}: task {index}"
-    store = inspect_store(path, where, TASK_FORMAT, files)
+    store = inspect_store(path, where, files)
     read = Reader(store.attributes, where)
     record = TaskRecord.from_json(read.mapping("task"), where)
     if record.index != index:
@@ -105,13 +101,16 @@ def inspect_task(collection: Path, index: int, files: Mapping[str, int]) -> Task
     content = read.mapping("content")
     if sorted(content) != sorted(store.layouts) or not all(isinstance(value, str) for value in content.values()):
         raise FocalError(f"{where}: content hashes are not those of its arrays; {AGAIN}")
+    seeds = tuple(quality.items("heldout_seeds", int))
+    if min(seeds, default=0) < 0:
+        raise FocalError(f"{where}: heldout_seeds are {seeds}, expected 0 or more; {AGAIN}")
     return TaskEntry(
         index=index,
         record=record,
         counts=_counts(read.mapping("counts"), store, where),
         path=path,
         rule=rule_from_json(quality.mapping("rule"), where),
-        heldout_seeds=tuple(quality.items("heldout_seeds", int)),
+        heldout_seeds=seeds,
         content=content,
         store=store,
     )

@@ -2,7 +2,7 @@
 
 from .batch import BatchedEnvs, Policy, Rollouts, make_batch, rollout
 from .families import FAMILIES, get_family
-from .tasks import ExpertReport, TaskFamily, TaskParameters, TaskSet, stream
+from .tasks import ExpertReport, Split, TaskFamily, TaskParameters, TaskSet, stream
 
 __all__ = [
     "FAMILIES",
@@ -10,6 +10,7 @@ __all__ = [
     "ExpertReport",
     "Policy",
     "Rollouts",
+    "Split",
     "TaskFamily",
     "TaskParameters",
     "TaskSet",

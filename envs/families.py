@@ -1,6 +1,7 @@
 """The six task families, and their registration with Gymnasium."""
 
 import math
+from typing import Any
 
 import gymnasium
 
@@ -55,7 +56,7 @@ FAMILIES = {
     ]
 }  # fmt: skip
 
-_CLASSES = {
+_CLASSES: dict[str, Any] = {
     "focal/SparsePointRobot-v0": SparsePointRobotEnv,
     "focal/PointRobotWind-v0": PointRobotWindEnv,
     "focal/HalfCheetahVel-v0": HalfCheetahVelEnv,

@@ -4,6 +4,7 @@ Rewards, observations and health rules are written for arrays with any leading b
 and a batch of hundreds (`batch.py`) run the very same expressions and give the same bits.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +14,9 @@ from gymnasium.envs.mujoco import MujocoEnv
 from gymnasium.spaces import Box
 
 from .tasks import WALKER_FACTORS, TaskParameters
+
+# MuJoCo's own handler prints to the terminal and appends to MUJOCO_LOG.TXT in whatever folder the user is in
+mujoco.set_mju_user_warning(logging.getLogger("focal.mujoco").info)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""Task families as data: what varies, how tasks are drawn and split, and the dimensions everything else is built from."""
+"""Task families as data: what varies, how tasks are drawn and split, and their dimensions."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import UsageError, did_you_mean
+
+Split = Literal["train", "test", "both"]
 
 TaskParameters = dict[str, Any]
 """One task: names to plain float64 numbers or nested lists of them, exact through JSON."""
@@ -23,7 +25,7 @@ class TaskSet:
     train: tuple[int, ...]
     test: tuple[int, ...]
 
-    def split_of(self, index: int) -> str:
+    def split_of(self, index: int) -> Split:
         """Return 'train', 'test' or 'both'."""
         if index in self.train:
             return "both" if index in self.test else "train"
@@ -60,7 +62,7 @@ class TaskFamily:
     published_split_in_order: bool = False  # first tasks train, last test, as the released code did where it was fixed
     sparse: bool = False  # info["sparse_reward"] exists
     fixed_tasks: tuple[TaskParameters, ...] | None = None  # the fwd-back families: these two, for training and test
-    optimum: Callable[[TaskParameters], float] | None = field(default=None, repr=False)  # best reported return, if known
+    optimum: Callable[[TaskParameters], float] | None = field(default=None, repr=False)  # of the reported return
     absolute_x: int | None = None  # observation column that holds the absolute x position
 
     def sample_tasks(

@@ -17,8 +17,8 @@ from .statistics import seed_interval
 
 # Okabe and Ito's palette
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 130, "axes.grid": True,
-         "grid.alpha": 0.25}  # fmt: skip
+STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 130,
+         "axes.grid": True, "grid.alpha": 0.25}  # fmt: skip
 
 
 def return_curve(path: Path, curves: Mapping[str, Mapping[int, Mapping[int, float]]], ylabel: str, title: str) -> None:
@@ -63,7 +63,13 @@ def trajectories_by_quality(path: Path, panels: Mapping[str, Sequence[dict[str, 
     """
     with plt.rc_context(STYLE):
         figure, row = plt.subplots(
-            1, len(panels), figsize=(3.3 * len(panels), 3.2), layout="constrained", sharex=True, sharey=True, squeeze=False
+            1,
+            len(panels),
+            figsize=(3.3 * len(panels), 3.2),
+            layout="constrained",
+            sharex=True,
+            sharey=True,
+            squeeze=False,
         )
         for axes, (quality, episodes) in zip(row[0], panels.items(), strict=True):
             goals = sorted({tuple(episode["goal"]) for episode in episodes})

@@ -74,16 +74,15 @@ class MetaTestResult:
         """Mean reported return over tasks and episodes."""
         return float(self.conditions[condition].reported.mean())
 
-    def score(self, condition: str) -> float | None:
-        """Mean of (return - untrained) / (expert - untrained) over the tasks whose expert deserves the name."""
-        if not self.counted.any():
-            return None
+    def task_scores(self, condition: str) -> np.ndarray:
+        """Normalised return (K,): (return - untrained) / (expert - untrained); NaN where the expert failed its test."""
         per_task = self.conditions[condition].reported.mean(axis=1)
-        scores = [
-            normalised(per_task[k], self.untrained_reference[k], self.expert_reference[k])
-            for k in np.flatnonzero(self.counted)
-        ]
-        return float(np.mean(scores))
+        scores = normalised(per_task, self.untrained_reference, self.expert_reference)
+        return np.where(self.counted, scores, np.nan)
+
+    def score(self, condition: str) -> float | None:
+        """Mean of `task_scores` over the tasks whose expert deserves the name; None where there is none."""
+        return float(np.nanmean(self.task_scores(condition))) if self.counted.any() else None
 
     def share_of_optimum(self, condition: str) -> float | None:
         """Mean reported return as a share of the mean optimum."""
@@ -105,6 +104,7 @@ class MetaTestResult:
                 name: {
                     "mean": self.mean(name),
                     "score": self.score(name),
+                    "task_scores": [None if np.isnan(score) else score for score in self.task_scores(name).tolist()],
                     "share_of_optimum": self.share_of_optimum(name),
                     "returns": returns.dense.tolist(),
                     "sparse_returns": None if returns.sparse is None else returns.sparse.tolist(),
@@ -127,7 +127,8 @@ def select_test_tasks(collection: Collection, quality: str) -> TestTasks:
     have = [(entry, data) for entry, data in zip(entries, found, strict=True) if data is not None]
     if not have:
         raise FocalError(
-            f"no test task of {collection.path} has {quality} data; see what there is: focal-cli data show {collection.path}"
+            f"no test task of {collection.path} has {quality} data; "
+            f"see what there is: focal-cli data show {collection.path}"
         )
     kept = tuple(entry for entry, _ in have)
     skipped = tuple(entry.index for entry, data in zip(entries, found, strict=True) if data is None)

@@ -44,6 +44,7 @@ def seed_interval(per_seed: Sequence[float], confidence: float = 0.95) -> Interv
     return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high), len(values))
 
 
-def normalised(returns: np.ndarray, untrained: float, reference: float) -> np.ndarray:
-    """Return (returns - untrained) / (reference - untrained), any shape."""
-    return (np.asarray(returns) - untrained) / (reference - untrained)
+def normalised(returns: np.ndarray, untrained: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return (returns - untrained) / (reference - untrained), elementwise; infinite where the two references agree."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (np.asarray(returns) - untrained) / (reference - untrained)

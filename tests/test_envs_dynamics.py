@@ -60,8 +60,8 @@ def test_actions_outside_the_box_are_clipped():
 
 
 def test_straight_line_returns_by_hand():
-    # 9 full steps and a half one: sparse rewards 0.85 (step 8), 0.95, then 1 eleven times while it stays
-    assert straight_line_return(SparsePointRobotEnv, {"goal": [0.95, 0.0]}, sparse=True) == pytest.approx(0.85 + 0.95 + 11)
+    # 9 full steps and a half one: sparse rewards 0.85 (step 8) + 0.95 + 11 times 1 while it stays
+    assert straight_line_return(SparsePointRobotEnv, {"goal": [0.95, 0.0]}, sparse=True) == pytest.approx(12.8)
     dense = -sum(0.9 - 0.1 * k for k in range(9))
     assert straight_line_return(SparsePointRobotEnv, {"goal": [1.0, 0.0]}, sparse=False) == pytest.approx(dense)
     # along the diagonal both axes move 0.1: sqrt(2) / 10 a step

@@ -46,7 +46,7 @@ def save_checkpoint(folder: Path, step: int, focal: Focal, generators: Mapping[s
         write_json(
             temporary / "state.json", {"format": FORMAT, "step": step, "device": device, "sha256": sha256(content)}
         )
-    except FocalError:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if final.exists():

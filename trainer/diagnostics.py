@@ -26,11 +26,23 @@ def root_mean_square_spread(embeddings: Tensor) -> float:
     return spread * (2.0 * tasks / (tasks - 1)) ** 0.5
 
 
+def effective_dimensions(embeddings: Tensor) -> float:
+    """Return how many directions `embeddings` (K, L), K >= 2, spread over, from 1 to L (0 where all are equal).
+
+    The participation ratio (sum of variances)^2 / sum of squared variances along the principal directions. Neither ESR
+    nor RMS shows when tasks that differ in two ways are laid out on a line, where unlike tasks meet.
+    """
+    centred = (embeddings - embeddings.mean(dim=0)).double()
+    products = centred @ centred.T  # (K, K); its eigenvalues are the variances, up to a common factor
+    return (products.trace().square() / products.square().sum().clamp_min(1e-30)).item()
+
+
 def embedding_metrics(embeddings: Tensor) -> dict[str, float]:
-    """Return `embedding/esr` and `embedding/rms` of task embeddings (K, L); nothing for a single task."""
+    """Return `embedding/esr`, `/rms` and `/dimensions` of task embeddings (K, L); nothing for a single task."""
     if len(embeddings) < 2:
         return {}
     return {
         "embedding/esr": effective_separation_rate(embeddings),
         "embedding/rms": root_mean_square_spread(embeddings),
+        "embedding/dimensions": effective_dimensions(embeddings),
     }

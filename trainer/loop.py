@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,17 @@ from .diagnostics import embedding_metrics
 from .focal import Focal
 from .journal import Journal
 from .replay import TaskReplay, TrainingData, sample_meta_batch
-from .runs import Run, RunSource, describe_run, load_agent, seed_folder, write_run
+from .runs import (
+    Run,
+    RunSource,
+    describe_run,
+    diagnostics_generator,
+    initial_generator,
+    load_agent,
+    seed_folder,
+    training_generator,
+    write_run,
+)
 from .settings import TrainSettings
 
 __all__ = ["Evaluate", "Progress", "RunSource", "load_agent", "train"]
@@ -67,10 +76,8 @@ class _SeedTrainer:
 
     def __init__(self, folder: Path, run: Run, data: TrainingData, seed: int, device: torch.device) -> None:
         self.folder, self.settings, self.seed = folder, run.settings, seed
-        weights, draws = np.random.SeedSequence(seed).generate_state(2, np.uint64)
-        self.generators = {"training": torch.Generator(device).manual_seed(int(draws))}
-        initial = torch.Generator().manual_seed(int(weights))
-        self.focal = Focal(run.settings, run.transform, run.act_dim, initial, device)
+        self.generators = {"training": training_generator(seed, device)}
+        self.focal = Focal(run.settings, run.transform, run.act_dim, initial_generator(seed), device)
         self.replay = TaskReplay(data.tasks, run.transform, run.settings, device)
 
     def run_from(self, step: int, evaluate: Evaluate | None, progress: Progress | None) -> None:
@@ -91,9 +98,10 @@ class _SeedTrainer:
                 logs, saves = (last or step % every == 0 for every in (settings.log_every, settings.checkpoint_every))
                 shown: dict[str, float] = {}
                 if logs or saves or self.replay.device.type == "cpu":  # elsewhere each look waits for the device
-                    self._refuse_nan(metrics, step)
+                    numbers = _floats(metrics) | (self._embedding_metrics(step) if logs else {})
+                    self._refuse_nan(numbers, step)
+                    shown = numbers if logs else shown
                 if logs:
-                    shown = {name: value.item() for name, value in metrics.items()} | self._embedding_metrics(step)
                     phase = "encoder" if encoder_only else "joint" if joint else "control"
                     journal.write("metrics", step, shown, phase)
                 if evaluate and not encoder_only and (last or step % settings.eval_every == 0):
@@ -107,33 +115,36 @@ class _SeedTrainer:
             journal.close()
 
     def _save(self, journal: Journal, step: int) -> None:
-        weights = {
-            f"{name} weights": parameter
+        sums = {
+            f"{name} weights": torch.stack([tensor.detach().sum() for tensor in network.parameters()]).sum()
             for name, network in self.focal.networks.items()
-            for parameter in [torch.stack([tensor.sum() for tensor in network.state_dict().values()]).sum()]
         }
-        self._refuse_nan(weights | self.focal.scalars, step)
+        self._refuse_nan(_floats(sums | self.focal.scalars), step)
         journal.sync()
         save_checkpoint(self.folder / "checkpoints", step, self.focal, self.generators)
 
     def _embedding_metrics(self, step: int) -> dict[str, float]:
-        """Spread of the training tasks' embeddings. Draws depend on seed and step alone, so logging changes nothing."""
-        state = np.random.SeedSequence([self.seed, step]).generate_state(1, np.uint64)
-        generator = torch.Generator(self.replay.device).manual_seed(int(state[0]))
+        """Spread of the embeddings of all training tasks, one fresh context each."""
+        generator = diagnostics_generator(self.seed, step, self.replay.device)
         tasks = torch.arange(len(self.replay), device=self.replay.device)
         context = self.replay.sample_context(tasks, self.settings.context_size, generator)
         return embedding_metrics(self.focal.embed(context))
 
-    def _refuse_nan(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        values = torch.stack([value.detach() for value in metrics.values()]).tolist()
-        for name, value in zip(metrics, values, strict=True):
+    def _refuse_nan(self, numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
             if not math.isfinite(value):
                 kept = list_checkpoints(self.folder / "checkpoints")
                 where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
                 raise FocalError(
-                    f"seed {self.seed}: {name} became {value} at step {step}; {where}; train again in another folder "
-                    "with smaller steps, for example --set critic_learning_rate=1e-4 --set actor_learning_rate=1e-4"
+                    f"seed {self.seed}: {name} became {value} at step {step}; {where}; train under "
+                    "another --name with smaller steps, for example --set critic_learning_rate=1e-4 --set tau=0.002"
                 )
+
+
+def _floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Bring scalars () over from the device in one piece."""
+    values = torch.stack([value.detach() for value in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class MLP(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., inputs) to (..., outputs)."""
-        return self.body(inputs)
+        return _by_rows(self.body, inputs)
 
 
 class TanhGaussianPolicy(nn.Module):
@@ -73,7 +73,7 @@ class TanhGaussianPolicy(nn.Module):
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the log standard deviation of the Gaussian before tanh, each (..., action_dim)."""
-        features = self.body(inputs)
+        features = _by_rows(self.body, inputs)
         bounds = self.architecture["log_std_min"], self.architecture["log_std_max"]
         return self.mean(features), self.log_std(features).clamp(*bounds)
 
@@ -84,7 +84,7 @@ class TanhGaussianPolicy(nn.Module):
 
     def mode(self, inputs: Tensor) -> Tensor:
         """Return the deterministic actions tanh(mean), (..., action_dim)."""
-        return torch.tanh(self.mean(self.body(inputs)))
+        return torch.tanh(self.mean(_by_rows(self.body, inputs)))
 
 
 def sample_tanh_gaussian(
@@ -115,7 +115,7 @@ class StateActionNet(MLP):
 
     def forward(self, states: Tensor, actions: Tensor) -> Tensor:  # type: ignore[override]
         """Map (..., state_dim) and (..., action_dim) to (...,)."""
-        return self.body(torch.cat([states, actions], dim=-1)).squeeze(-1)
+        return _by_rows(self.body, torch.cat([states, actions], dim=-1)).squeeze(-1)
 
 
 class TwinCritic(nn.Module):
@@ -132,6 +132,14 @@ class TwinCritic(nn.Module):
     def forward(self, states: Tensor, actions: Tensor) -> Tensor:
         """Map (..., state_dim) and (..., action_dim) to both values, (2, ...)."""
         return torch.stack([self.first(states, actions), self.second(states, actions)])
+
+
+def _by_rows(layers: nn.Module, inputs: Tensor) -> Tensor:
+    """Apply `layers` to (..., inputs) as a matrix of rows.
+
+    A linear layer on more axes returns a view, on which an in-place ReLU costs autograd two copies per layer.
+    """
+    return layers(inputs.reshape(-1, inputs.shape[-1])).reshape(*inputs.shape[:-1], -1)
 
 
 def _hidden_layers(inputs: int, hidden: Sequence[int], generator: torch.Generator) -> tuple[list[nn.Module], int]:

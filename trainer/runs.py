@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import FocalError, UsageError
@@ -154,6 +155,32 @@ def load_agent(run_dir: Path, seed: int, device: torch.device | str = "cpu") -> 
     agent = new_agent(run.settings, run.transform, run.act_dim, torch.Generator(), device)
     load_networks(checkpoints[-1], {"encoder": agent.encoder, "policy": agent.policy})
     return agent
+
+
+def load_untrained_agent(run_dir: Path, seed: int, device: torch.device | str = "cpu") -> Agent:
+    """Rebuild the agent of one seed as it was before its first gradient step: the "untrained" beside every result."""
+    run = read_run(run_dir)
+    return new_agent(run.settings, run.transform, run.act_dim, initial_generator(seed), device)
+
+
+def initial_generator(seed: int) -> torch.Generator:
+    """Return the generator (on the CPU, for every device) that decides the initial weights of a seed."""
+    return torch.Generator().manual_seed(_word(seed, 0))
+
+
+def training_generator(seed: int, device: torch.device) -> torch.Generator:
+    """Return the generator of everything that a seed draws while it trains."""
+    return torch.Generator(device).manual_seed(_word(seed, 1))
+
+
+def diagnostics_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Return the generator of a seed's log row at `step`; it has no past, so logging more or less changes nothing."""
+    return torch.Generator(device).manual_seed(_word(seed, 2, step))
+
+
+def _word(seed: int, *stream: int) -> int:
+    """Return 64 bits for an independent stream of `seed`."""
+    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0])
 
 
 def _identity(run: Run) -> dict[str, Any]:

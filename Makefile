@@ -1,0 +1,73 @@
+# What can be done here. `make` alone lists it. Everything runs in .venv, which `make setup` (and every target) makes.
+
+PYTHON ?= python3
+ENV    ?= point
+DATA   ?= mixed
+SCALE  ?= laptop
+SEEDS  ?= 1
+RESULT ?= point
+STORES ?= stores
+RUNS   ?= runs
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+CLI    := $(BIN)/focal-cli
+# one thread a process: the networks are small, and processes side by side use the cores better
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart data train test-run lint type imports test test-slow reproduce clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  ENV=$(ENV) DATA=$(DATA) SCALE=$(SCALE) SEEDS=$(SEEDS) RESULT=$(RESULT)   (change any: make data ENV=walker SCALE=smoke)"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+setup: $(READY) ## Make the virtual environment with pinned versions
+
+quickstart: $(READY) ## The whole pipeline on sparse-point-robot: data, training, meta-test, pictures (about 10 minutes)
+	$(CLI) data generate --env point --tasks 20/5 -o $(STORES)/quickstart
+	$(CLI) train --collection $(STORES)/quickstart --data mixed --name quickstart --resume --runs $(RUNS)
+	$(CLI) test $(RUNS)/quickstart
+
+data: $(READY) ## Stage one: a SAC agent per task of ENV, rolled out into stores
+	$(CLI) data generate --env $(ENV) --scale $(SCALE) --stores $(STORES)
+
+train: $(READY) ## Stage two: FOCAL on the DATA of ENV
+	$(CLI) train --env $(ENV) --data $(DATA) --seeds $(SEEDS) --stores $(STORES) --runs $(RUNS)
+
+test-run: $(READY) ## Meta-test the newest run on its test tasks
+	$(CLI) test --runs $(RUNS)
+
+lint: $(READY) ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy cannot map the root folder to a package name, so it sees the root through a link called focal
+type: $(READY) ## mypy
+	@folder=$$(mktemp -d) && ln -s "$(CURDIR)" $$folder/focal && cd $$folder && \
+	  "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p focal; \
+	  code=$$?; rm -r $$folder; exit $$code
+
+imports: $(READY) ## import-linter: which package may import which
+	$(BIN)/lint-imports
+
+test: $(READY) ## The fast tests
+	$(BIN)/pytest -n 2
+
+test-slow: $(READY) ## The slow tests: killed processes, learning
+	$(BIN)/pytest -m slow
+
+reproduce: $(READY) ## Make one RESULT of docs/results.md again: point, cheetah-dir
+	benchmarks/reproduce.sh $(RESULT) $(CLI) $(STORES) $(RUNS)
+
+clean: ## Remove caches (never stores or runs)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

@@ -1,0 +1,218 @@
+"""Opening a collection: every claim its files make is settled before a chunk is decoded.
+
+    dataset.json      its own hash, its format, the header
+    every file        listed with its size, nothing missing, nothing extra, no symbolic links, no name that is no data
+    every zarr.json   sha256; shapes, types, codecs, chunk files against the declared sizes, sizes against limits
+    every task        family, split and the content hash over its parameters and array hashes
+
+Only metadata are read: some milliseconds per task. `verify_collection` (integrity.py) reads the rest.
+"""
+
+import hashlib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import FocalError
+from .collection import Collection, quoted, ranges
+from .records import CollectionHeader, Reader, Split
+from .storage import AGAIN, canonical_json, list_files, read_bytes, read_json
+from .store import MAX_ATTRIBUTE_BYTES, check_format
+from .tasks import TaskEntry, inspect_task, task_name
+
+COLLECTION_FORMAT = "focal-collection/1"
+DOCUMENT = "dataset.json"
+STAGING = "staging"
+HEADER = "header.json"
+
+_ALLOWED = re.compile(
+    r"README\.md|LICENSE\.data\.txt|dataset\.json"
+    r"|tasks/task_\d{4,6}\.zarr/([a-z0-9_]+/)*(zarr\.json|\d+)"
+    r"|policies/task_\d{4,6}/[A-Za-z0-9_-]+\.(safetensors|json)"
+)
+
+
+def open_collection(path: Path | str) -> Collection:
+    """Open a committed collection after checking its structure (see the module docstring).
+
+    Raises `FocalError` for one that is interrupted, of another format, damaged or hostile.
+    """
+    path = Path(path)
+    if not (path / DOCUMENT).is_file():
+        raise _not_a_collection(path)
+    document = read_json(path / DOCUMENT)
+    where = str(path / DOCUMENT)
+    check_format(document, COLLECTION_FORMAT, where)
+    if document.get("document_hash") != document_hash(document):
+        raise FocalError(f"{where} was changed after it was written (its document_hash differs); {AGAIN}")
+    header = CollectionHeader.from_json(document, where)
+    files = _listed_files(document, where)
+    present = list_files(path, skip=(STAGING,))
+    _check_files(path, files, present)
+    tasks = tuple(_open_tasks(path, header, files))
+    read = Reader(document, where)
+    listed = read.items("tasks", dict)
+    if len(listed) != len(tasks):
+        raise FocalError(f"{where}: lists {len(listed)} tasks, expected {len(tasks)} as in train and test; {AGAIN}")
+    for entry, expected in zip(tasks, listed, strict=True):
+        if describe_task(entry) != expected:
+            raise FocalError(
+                f"{path}: task {entry.index} is not the one {DOCUMENT} lists (its parameters, split, counts or content "
+                f"hashes differ); {AGAIN}"
+            )
+    if (content := collection_hash(tasks)) != read.text("content_hash"):
+        raise FocalError(f"{path}: the content hash in {DOCUMENT} is not that of its tasks; {AGAIN}")
+    return Collection(
+        path=path,
+        header=header,
+        content_hash=content,
+        tasks=tasks,
+        created=read.text("created"),
+        provenance=read.mapping("provenance"),
+        derived_from=tuple(read.items("derived_from", dict)),
+        files=files,
+    )
+
+
+def find_collections(stores: Path | str) -> list[Path]:
+    """Return the committed collections directly inside the folder `stores`, by name; none where it does not exist."""
+    folder = Path(stores)
+    if not folder.is_dir():
+        return []
+    return sorted(entry for entry in folder.iterdir() if is_committed(entry) and not entry.name.startswith("."))
+
+
+def is_committed(collection: Path | str) -> bool:
+    """Whether the collection is complete: dataset.json, written last, is there."""
+    return (Path(collection) / DOCUMENT).is_file()
+
+
+def document_hash(document: Mapping[str, Any]) -> str:
+    """Hash of everything dataset.json says, but this hash: finds a changed digit in the settings, too."""
+    return hashlib.sha256(
+        canonical_json({key: value for key, value in document.items() if key != "document_hash"})
+    ).hexdigest()
+
+
+def collection_hash(tasks: Sequence[TaskEntry]) -> str:
+    """The content hash: over the content hash of every task, by index."""
+    return hashlib.sha256(canonical_json([[entry.index, entry.content_hash] for entry in tasks])).hexdigest()
+
+
+def describe_task(entry: TaskEntry) -> dict[str, Any]:
+    """What dataset.json says about a task."""
+    counts = asdict(entry.counts["mixed"])
+    return {"index": entry.index, "split": entry.split, **counts, "content_hash": entry.content_hash}
+
+
+def inspect_tasks(path: Path, indices: Sequence[int], files: Mapping[str, int]) -> list[TaskEntry]:
+    """Check the structure of every sealed task; `files` maps the collection's files to bytes."""
+    stores: dict[str, dict[str, int]] = {task_name(index): {} for index in indices}
+    for name, size in files.items():
+        parts = name.split("/", 2)
+        if parts[0] == "tasks":
+            task = parts[1].removesuffix(".zarr")
+            if task not in stores:
+                raise FocalError(f"{path}: {name!r} belongs to no task of this collection; {AGAIN}")
+            stores[task][parts[2]] = size
+    entries = [inspect_task(path, index, stores[task_name(index)]) for index in indices]
+    for entry in entries[1:]:
+        sizes, first = entry.store.sizes, entries[0].store.sizes
+        widths, expected = (
+            (sizes.observation_dim, sizes.action_dim, entry.store.attributes["infos"]),
+            (first.observation_dim, first.action_dim, entries[0].store.attributes["infos"]),
+        )
+        if widths != expected:
+            raise FocalError(
+                f"{path}: task {entry.index} has observation width, action width and infos {widths}, "
+                f"expected {expected} as in task {entries[0].index}; {AGAIN}"
+            )
+    return entries
+
+
+def check_allowed(path: Path, name: str) -> None:
+    """Refuse a file no collection has: the list holds nothing that could be executed or unpickled."""
+    if not _ALLOWED.fullmatch(name):
+        raise FocalError(
+            f"{path}: unexpected file {name!r}, expected only tasks/, policies/ (safetensors, json) and README.md; "
+            "delete it and run the same command again"
+        )
+
+
+def _open_tasks(path: Path, header: CollectionHeader, files: Mapping[str, tuple[int, str]]) -> list[TaskEntry]:
+    for name, (_, sha256) in files.items():
+        if name.endswith("/zarr.json"):
+            found = hashlib.sha256(read_bytes(path / name, MAX_ATTRIBUTE_BYTES)).hexdigest()
+            if found != sha256:
+                raise FocalError(
+                    f"{path}: {name} was changed after the collection was written (sha256 differs); {AGAIN}"
+                )
+    entries = inspect_tasks(path, header.indices, {name: size for name, (size, _) in files.items()})
+    for entry in entries:
+        check_belongs(path, header, entry.index, entry.record.family, entry.split)
+    return entries
+
+
+def check_belongs(path: Path, header: CollectionHeader, index: int, family: str, split: Split) -> None:
+    """Check that a task has the family and split the collection gives it."""
+    if index not in header.indices:
+        raise FocalError(f"{path}: task {index} is not among the collection's tasks {ranges(header.indices)}; {AGAIN}")
+    if (family, split) != (header.family, header.split_of(index)):
+        raise FocalError(
+            f"{path}: task {index} is a {split} task of {family}, expected a {header.split_of(index)} task of "
+            f"{header.family}; {AGAIN}"
+        )
+
+
+def _listed_files(document: Mapping[str, Any], where: str) -> dict[str, tuple[int, str]]:
+    files = {}
+    for name, facts in Reader(document, where).mapping("files").items():
+        read = Reader(facts if isinstance(facts, dict) else {}, f"{where} file {name[:200]!r}")
+        files[name] = read.integer("bytes"), read.text("sha256")
+    return files
+
+
+def _check_files(path: Path, listed: Mapping[str, tuple[int, str]], present: Mapping[str, int]) -> None:
+    """Compare the files that are there with those dataset.json lists: names and sizes."""
+    for name in sorted({*listed, *present} - {DOCUMENT}):
+        if name not in present:
+            raise FocalError(f"{path}: {name!r} is missing, dataset.json lists it; {AGAIN}")
+        if name not in listed:
+            raise FocalError(f"{path}: extra file {name!r}, dataset.json does not list it; delete it")
+        if present[name] != listed[name][0]:
+            raise FocalError(
+                f"{path}: {name!r} has {present[name]} bytes, dataset.json lists {listed[name][0]}; {AGAIN}"
+            )
+        check_allowed(path, name)
+
+
+def _not_a_collection(path: Path) -> FocalError:
+    if not path.exists():
+        return FocalError(f"no collection at {path}; see which there are: focal-cli data list")
+    if path.is_file():
+        return FocalError(
+            f"{path} is a file, expected a collection's folder; unpack it: focal-cli bundle unpack {quoted(path)}"
+        )
+    if (path / STAGING).is_dir():
+        return FocalError(
+            f"{path} is an interrupted collection ({DOCUMENT} is missing); finish it with the same command again: "
+            f"{generate_command(path)}"
+        )
+    if (path / "tasks").is_dir():
+        return FocalError(
+            f"{path} has tasks but no {DOCUMENT}, so it was copied or deleted in part; delete the folder, then {AGAIN}"
+        )
+    return FocalError(f"{path} has no {DOCUMENT}, so it is no collection; see which there are: focal-cli data list")
+
+
+def generate_command(path: Path) -> str:
+    """The command that began the collection under way at `path`, as far as its header tells."""
+    try:
+        header = CollectionHeader.from_json(read_json(path / STAGING / HEADER), HEADER)
+    except FocalError:
+        return f"focal-cli data generate -o {quoted(path)}"
+    words = ["focal-cli", "data", "generate", "--env", header.family, "--scale", header.scale]
+    return shlex.join([*words, "--seed", str(header.seed), "--tasks-from", header.tasks_from, "-o", str(path)])

@@ -1,0 +1,155 @@
+"""What a user can do wrong: one clear line with the next command, exit code 1 or 2, never a traceback, nothing lost."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from focal.cli import main
+
+
+def fails(code, *arguments):
+    """Run a command that must fail and return its error line."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.exit_code, result.output)
+    assert "Traceback" not in result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 or lines[0].startswith("Usage:"), lines  # click explains its own usage errors in four lines
+    return lines[-1]
+
+
+@pytest.fixture
+def stores(make_collection, tmp_path):
+    make_collection(tmp_path / "stores" / "sparse-point-robot")
+    return tmp_path / "stores"
+
+
+@pytest.fixture
+def path(stores):
+    return stores / "sparse-point-robot"
+
+
+def train(stores, *arguments):
+    return ["train", "--stores", stores, "--runs", stores.parent / "runs", *arguments]
+
+
+def test_unknown_family():
+    assert "did you mean 'walker'" in fails(2, "data", "generate", "--env", "waker")
+    assert "did you mean 'walker'" in fails(2, "train", "--env", "waker", "--data", "mixed")
+
+
+def test_unknown_quality_and_scale(stores):
+    assert "'expert'" in fails(2, *train(stores, "--data", "expret"))
+    assert "'laptop'" in fails(2, "data", "generate", "--env", "point", "--scale", "lap")
+
+
+def test_unknown_setting_names_the_nearest(stores, tmp_path):
+    line = fails(2, *train(stores, "--data", "mixed", "--set", "batchsize=4"))
+    assert "unknown setting 'batchsize'; did you mean 'batch_size'?" in line
+    line = fails(2, *train(stores, "--data", "mixed", "--set", "regularisation.alfa=4"))
+    assert "did you mean 'regularisation.alpha'?" in line
+    line = fails(2, "data", "generate", "--env", "point", "-o", tmp_path / "x", "--set", "sac.total_step=4")
+    assert "did you mean 'sac.total_steps'?" in line
+    assert "batch_size='many', expected int" in fails(2, *train(stores, "--data", "mixed", "--set", "batch_size=many"))
+    assert "expected NAME=VALUE" in fails(2, *train(stores, "--data", "mixed", "--set", "batch_size"))
+    assert not (tmp_path / "runs").exists(), "a refused command must not leave a run behind"
+
+
+def test_task_counts():
+    assert "expected TRAIN or TRAIN/TEST" in fails(2, "data", "generate", "--env", "point", "--tasks", "many")
+
+
+def test_no_collection_and_several(stores, tmp_path, make_collection):
+    line = fails(2, "train", "--stores", tmp_path / "none", "--data", "mixed")
+    assert "make one first: make data ENV=point" in line
+    make_collection(stores / "second")
+    line = fails(2, *train(stores, "--data", "mixed"))
+    assert f"--collection {stores / 'second'}" in line
+    assert f"--collection {stores / 'sparse-point-robot'}" in line
+
+
+def test_no_run_to_test(tmp_path):
+    assert "train one first: focal-cli train --data mixed" in fails(1, "test", "--runs", tmp_path)
+
+
+def test_expert_data_where_no_task_reached_expert(tmp_path, make_collection):
+    make_collection(tmp_path / "stores" / "never-learnt", unreached=range(4))
+    line = fails(1, *train(tmp_path / "stores", "--data", "expert"))
+    assert "no training task has 'expert' episodes" in line
+    assert "--data mixed" in line
+
+
+def find(path, part):
+    return sorted(file for file in path.rglob("*") if file.is_file() and part in str(file.relative_to(path)))
+
+
+def test_a_store_cut_short(path):
+    chunk = find(path, "task_0001.zarr/observations/c")[0]
+    chunk.write_bytes(chunk.read_bytes()[:-7])
+    line = fails(1, "data", "verify", path)
+    assert "task_0001" in line
+    assert "observations" in line
+    assert fails(1, *train(path.parent, "--data", "mixed"))
+
+
+def test_a_missing_chunk(path):
+    find(path, "task_0000.zarr/actions/c")[0].unlink()
+    line = fails(1, "data", "show", path)
+    assert "actions" in line
+    assert "missing" in line
+
+
+def test_a_flipped_byte_is_named_by_verify_and_refused_by_train(path):
+    chunk = find(path, "task_0000.zarr/rewards/c")[0]
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    assert "rewards" in fails(1, "data", "verify", path)
+    split = json.loads((path / "dataset.json").read_text())
+    assert split
+    line = fails(1, *train(path.parent, "--data", "mixed"))
+    assert "rewards" in line
+    assert "chunk 0" in line
+
+
+def test_a_wrong_format_version(path):
+    document = json.loads((path / "dataset.json").read_text())
+    document["format"] = "focal-collection/9"
+    (path / "dataset.json").write_text(json.dumps(document))
+    line = fails(1, "data", "show", path)
+    assert "focal-collection/9" in line
+    assert "focal-collection/1" in line
+
+
+def test_an_interrupted_collection_says_how_to_continue(path):
+    (path / "dataset.json").unlink()
+    assert "focal-cli data generate" in fails(1, "data", "show", path)
+
+
+def test_a_run_whose_data_changed(stores, tmp_path, make_collection):
+    run = train(stores, "--data", "mixed", "--scale", "smoke", "--name", "a")
+    assert CliRunner().invoke(main, [str(argument) for argument in run]).exit_code == 0
+    line = fails(2, *run)
+    assert "to continue it, add --resume" in line
+    shutil.rmtree(stores / "sparse-point-robot")
+    make_collection(stores / "sparse-point-robot", seed=9)
+    assert "is not the data this run was trained on" in fails(1, "test", tmp_path / "runs" / "a")
+    assert "is of another run" in fails(1, *run, "--resume")
+
+
+def test_context_of_a_quality_no_test_task_has(tmp_path, make_collection):
+    make_collection(tmp_path / "stores" / "one", unreached=range(4))
+    run = train(tmp_path / "stores", "--data", "mixed", "--scale", "smoke", "--name", "a")
+    assert CliRunner().invoke(main, [str(argument) for argument in run]).exit_code == 0
+    line = fails(1, "test", tmp_path / "runs" / "a", "--data", "expert")
+    assert "no test task" in line
+    assert "focal-cli data show" in line
+
+
+def test_a_damaged_checkpoint(stores, tmp_path):
+    run = train(stores, "--data", "mixed", "--scale", "smoke", "--name", "a")
+    assert CliRunner().invoke(main, [str(argument) for argument in run]).exit_code == 0
+    for file in (tmp_path / "runs" / "a").rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert "checkpoint" in fails(1, "test", tmp_path / "runs" / "a")

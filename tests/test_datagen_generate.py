@@ -1,0 +1,207 @@
+"""Stage one end to end on the point robot, with real SAC at a tiny size."""
+
+import dataclasses
+import itertools
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+
+from focal import FocalError
+from focal.datagen import GenerateRequest, generate, generate_settings
+from focal.datagen.worker import best_checkpoint, run_task
+from focal.datasets import is_committed, list_segments, open_collection, read_segment, verify_collection
+from focal.envs import get_family
+from focal.settings import override, to_dict
+
+TINY = override(
+    generate_settings("sparse-point-robot", "smoke"),
+    {"n_train": 2, "n_test": 1, "checkpoints": 3, "sac.total_steps": 70, "sac.learning_starts": 30,
+     "sac.batch_size": 8, "sac.hidden_sizes": "8,8"},
+)  # fmt: skip
+
+
+def request(path, **changes):
+    return GenerateRequest("sparse-point-robot", path, dataclasses.replace(TINY, **changes), "smoke", seed=4, workers=1)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    return generate(request(tmp_path_factory.mktemp("stores") / "point"))
+
+
+def test_every_checkpoint_is_rolled_out_and_every_return_kept(collection):
+    assert [entry.split for entry in collection.tasks].count("train") == 2
+    for entry in collection.tasks:
+        episodes = collection.load(entry.index)
+        steps, counts = np.unique(episodes.sac_steps, return_counts=True)
+        assert steps.tolist() == [0, 23, 46, 70], "the untrained policy, then even steps up to the last"
+        assert counts.tolist() == [3, 3, 3, 3]
+        sac_steps, returns = collection.load_evaluation(entry.index)
+        assert sac_steps.tolist() == [0, 23, 46, 70]
+        assert np.sort(returns.ravel()).tolist() == np.sort(episodes.returns).tolist()
+        assert entry.record.behaviour == {"algorithm": "SAC", **to_dict(TINY.sac)}
+
+
+def test_rewards_follow_from_the_stored_positions(collection):
+    for entry in collection.tasks:
+        data = collection.load(entry.index).transitions()
+        gap = np.linalg.norm(data.observations[data.rows + 1].astype(float) - entry.record.params["goal"], axis=1)
+        assert data.rewards == pytest.approx(-gap, abs=1e-6)
+        inside = gap < 0.2 - 1e-6
+        assert data.infos["sparse_reward"][inside] == pytest.approx(1 - gap[inside], abs=1e-6)
+        assert (data.infos["sparse_reward"][gap > 0.2 + 1e-6] == 0).all()
+
+
+def test_all_episodes_have_their_own_seeds(collection):
+    seeds = [seed for entry in collection.tasks for seed in collection.load(entry.index).seeds.tolist()]
+    assert len(set(seeds)) == len(seeds) == 36
+
+
+def test_the_same_seed_gives_the_same_content_and_a_second_call_does_nothing(collection, tmp_path):
+    again = generate(request(tmp_path / "again"))
+    assert again.content_hash == collection.content_hash
+    before = (collection.path / "dataset.json").stat().st_mtime_ns
+    assert generate(request(collection.path)).content_hash == collection.content_hash
+    assert (collection.path / "dataset.json").stat().st_mtime_ns == before
+
+
+def test_other_settings_never_mix_into_a_collection(collection, tmp_path):
+    with pytest.raises(FocalError, match="complete collection made with other settings; choose another folder with -o"):
+        generate(request(collection.path, fresh_episodes=4))
+
+
+def test_the_behaviour_policies_are_kept_and_reproduce_their_episodes(collection):
+    from focal.datagen.worker import ROLLOUT_STREAM, TaskJob, as_policy, to_episodes
+    from focal.envs import make_batch, rollout
+    from focal.trainer.policies import load_policy_file
+
+    entry = collection.tasks[1]
+    job = TaskJob(collection.path, "sparse-point-robot", 1, entry.split, entry.record.params, TINY, 4, {})
+    policy, meta = load_policy_file(job.policy_path(46))
+    assert meta["sac_step"] == 46
+    noise, *seeds = job.seed_of(ROLLOUT_STREAM, 2, 4)
+    envs = make_batch(get_family("point"), [entry.record.params] * 3, threads=1)
+    episodes = to_episodes(rollout(envs, as_policy(policy, False, noise), seeds), seeds, 46)
+    stored = collection.load(1)
+    stored = stored.select(stored.sac_steps == 46)
+    assert (stored.observations == episodes.observations).all()
+    assert (stored.actions == episodes.actions).all()
+    assert stored.seeds.tolist() == seeds
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the code may catch it and go on."""
+
+
+def test_killed_after_any_write_it_continues_to_the_same_content(collection, tmp_path, monkeypatch):
+    """Die at every single rename in turn, in one process, then run again: no episode lost, doubled or changed."""
+    import os
+
+    stage_one = sys.modules["focal.datagen.generate"]  # the name of the module is also that of its function
+
+    def in_process(work, jobs, workers, on_report):
+        for job in jobs.values():
+            work(job, on_report)
+        return {}
+
+    monkeypatch.setattr(stage_one, "run_jobs", in_process)
+    real = {"rename": os.rename, "replace": os.replace}
+    countdown = itertools.count()
+    died = 0
+
+    def dying(name):
+        def call(*args, **kwargs):
+            real[name](*args, **kwargs)
+            if next(countdown) == limits[0]:
+                raise Killed
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, dying(name))
+    wanted = request(tmp_path / "point")
+    limits = [0]
+    for limits[0] in itertools.cycle([1, 3, 2]):  # every run gets a few renames further, and dies at different ones
+        countdown = itertools.count()
+        try:
+            generate(wanted)
+            break
+        except Killed:
+            died += 1
+            assert not is_committed(wanted.path) or verify_collection(wanted.path)
+    assert died > 15
+    assert open_collection(wanted.path).content_hash == collection.content_hash
+    assert verify_collection(wanted.path).episodes == 36
+
+
+def test_one_failing_task_spoils_no_other(tmp_path, monkeypatch):
+    stage_one = sys.modules["focal.datagen.generate"]  # the name of the module is also that of its function
+
+    def in_process(work, jobs, workers, on_report):
+        failures = {}
+        for key, job in jobs.items():
+            try:
+                if key == 1:
+                    raise ArithmeticError("the simulation blew up")
+                work(job, on_report)
+            except ArithmeticError as error:
+                failures[key] = error
+        return failures
+
+    monkeypatch.setattr(stage_one, "run_jobs", in_process)
+    with pytest.raises(FocalError, match=r"1 of 3 tasks failed, first task 1: ArithmeticError.*run the same command"):
+        generate(request(tmp_path / "point"))
+    monkeypatch.undo()
+    assert verify_collection(generate(request(tmp_path / "point")).path).episodes == 36
+
+
+def test_a_task_held_by_another_process_is_refused(tmp_path):
+    import fcntl
+
+    from focal.datagen import worker
+    from focal.datagen.worker import TaskJob
+
+    family = get_family("point")
+    task = family.sample_tasks(2, 1, seed=4).parameters[0]
+    job = TaskJob(tmp_path, family.name, 0, "train", task, TINY, 4, {})
+    path = tmp_path / "staging" / "locks" / "task_0000"
+    path.parent.mkdir(parents=True)
+    with open(path, "w") as file, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        patch.setattr(worker, "LOCK_PATIENCE", 0.3)
+        with pytest.raises(FocalError, match="being generated by another process; wait for it"):
+            run_task(job, lambda *values: None)
+
+
+def test_best_checkpoint_is_the_one_with_the_highest_mean(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from focal.datagen import worker
+
+    returns = {0: [-20.0, -21.0], 30: [-5.0, -9.0], 60: [-6.0, -7.0]}
+    monkeypatch.setattr(worker, "list_segments", lambda *args: list(returns))
+    monkeypatch.setattr(worker, "read_segment", lambda c, i, step: SimpleNamespace(returns=np.array(returns[step])))
+    assert best_checkpoint(SimpleNamespace(collection=tmp_path, index=0)) == 60
+
+
+def test_segments_hold_what_was_played(tmp_path):
+    """A segment read back while the task is still under way is what the environment gives when replayed."""
+    family = get_family("point")
+    task = family.sample_tasks(2, 1, seed=4).parameters[0]
+    from focal.datagen.agent import SacAgent
+    from focal.datagen.worker import TaskJob, _checkpoint
+    from focal.envs import make_batch
+
+    job = TaskJob(tmp_path, family.name, 0, "train", task, TINY, 4, {})
+    (tmp_path / "staging").mkdir()
+    agent = SacAgent(family, task, TINY.sac, lambda chunk: 7 + chunk)
+    _checkpoint(job, agent, make_batch(family, [task] * 3, threads=1))
+    assert list_segments(tmp_path, 0) == [0]
+    episodes = read_segment(tmp_path, 0, 0)
+    env = gymnasium.make(family.env_id, task=task)
+    for e, actions in enumerate(np.split(episodes.actions, 3)):
+        env.reset(seed=int(episodes.seeds[e]))
+        total = sum(env.step(action)[1] for action in actions)
+        assert total == episodes.returns[e]

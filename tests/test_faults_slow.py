@@ -1,0 +1,132 @@
+"""Real SIGKILLs, real full disks, at random moments, through the command line (slow)."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from focal.datasets import open_collection, verify_collection
+
+pytestmark = pytest.mark.slow
+
+GENERATE = [
+    "data", "generate", "--env", "point", "--scale", "smoke", "--tasks", "3/1", "--seed", "3",
+    "--set", "sac.total_steps=600", "--set", "checkpoints=12", "--set", "episodes_per_checkpoint=4",
+]  # fmt: skip
+EPISODES = 4 * 13 * 4
+
+
+def start(*arguments, **options):
+    command = [str(Path(sys.executable).with_name("focal-cli")), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def finish(*arguments, **options):
+    process = start(*arguments, **options)
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output
+
+
+def test_generate_survives_twenty_kills(tmp_path):
+    code, output = finish(*GENERATE, "-o", tmp_path / "straight")
+    assert code == 0, output
+    expected = open_collection(tmp_path / "straight").content_hash
+    moments, kills = random.Random(0), 0
+    path = tmp_path / "killed"
+    while kills < 20:
+        process = start(*GENERATE, "-o", path, start_new_session=True)
+        try:
+            # the first four seconds or so are imports; most kills shall hit the work
+            process.wait(timeout=moments.uniform(2.0, 9.0))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must notice by themselves
+            process.wait()
+            kills += 1
+        else:
+            output = process.stdout.read()
+            assert process.returncode == 0, output
+            if kills < 20:  # it finished between two kills: start over elsewhere, so that all 20 hit work under way
+                assert_complete(path, expected)
+                path = tmp_path / f"killed-{kills}"
+    code, output = finish(*GENERATE, "-o", path)
+    assert code == 0, output
+    assert_complete(path, expected)
+
+
+def assert_complete(path, expected):
+    report = verify_collection(path)
+    assert report.episodes == EPISODES, "an episode was lost or doubled"
+    assert open_collection(path).content_hash == expected
+    assert not list(path.rglob(".tmp-*"))
+
+
+def test_a_killed_run_resumes_bit_identical(tmp_path, make_collection):
+    make_collection(tmp_path / "stores" / "point", tasks=6)
+    command = ["train", "--stores", tmp_path / "stores", "--data", "mixed", "--scale", "smoke", "--set", "steps=1500",
+               "--set", "checkpoint_every=100", "--set", "eval_every=500", "--seeds", "2"]  # fmt: skip
+    code, output = finish(*command, "--runs", tmp_path / "straight", "--name", "run")
+    assert code == 0, output
+    moments, kills = random.Random(1), 0
+    while kills < 6:
+        process = start(*command, "--runs", tmp_path / "killed", "--name", "run", "--resume")
+        try:
+            process.wait(timeout=moments.uniform(4.0, 10.0))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            time.sleep(0.5)
+    code, output = finish(*command, "--runs", tmp_path / "killed", "--name", "run", "--resume")
+    assert code == 0, output
+    assert kills > 0
+    for seed in ("seed_0", "seed_1"):
+        straight, killed = tmp_path / "straight" / "run" / seed, tmp_path / "killed" / "run" / seed
+        last = sorted((straight / "checkpoints").iterdir())[-1].name
+        for file in (straight / "checkpoints" / last).iterdir():
+            assert file.read_bytes() == (killed / "checkpoints" / last / file.name).read_bytes(), file.name
+        for log in ("metrics.jsonl", "evaluation.jsonl"):
+            rows = [[json.loads(line) for line in (run / log).read_text().splitlines()] for run in (straight, killed)]
+            for row in rows[0] + rows[1]:
+                row.pop("time/seconds")
+            assert rows[0] == rows[1], log
+
+
+def limited_files(size):
+    """Make writes beyond `size` bytes fail like a full disk, in the child and its workers."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return limit
+
+
+@pytest.mark.parametrize("size", [300, 3_000, 12_000])
+def test_generate_on_a_full_disk(tmp_path, size):
+    code, output = finish(*GENERATE, "-o", tmp_path / "point", preexec_fn=limited_files(size))
+    assert code == 1, output
+    assert "Traceback" not in output
+    assert "free" in output
+    assert "run the same command again" in output
+    code, output = finish(*GENERATE, "-o", tmp_path / "point")
+    assert code == 0, output
+    assert verify_collection(tmp_path / "point").episodes == EPISODES
+
+
+def test_train_on_a_full_disk(tmp_path, make_collection):
+    make_collection(tmp_path / "stores" / "point")
+    command = ["train", "--stores", tmp_path / "stores", "--runs", tmp_path / "runs", "--data", "mixed", "--scale",
+               "smoke", "--name", "run"]  # fmt: skip
+    code, output = finish(*command, preexec_fn=limited_files(20_000))
+    assert code == 1, output
+    assert "Traceback" not in output
+    assert "run the same command again" in output
+    code, output = finish(*command, "--resume")
+    assert code == 0, output

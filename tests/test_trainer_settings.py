@@ -1,0 +1,94 @@
+"""Training settings: the tables of families and scales, overrides, and errors that name the remedy."""
+
+import pytest
+
+from focal import UsageError
+from focal.settings import from_dict, override, to_dict
+from focal.trainer.settings import SCALES, TrainSettings, differences, train_settings
+
+FAMILIES = [
+    "sparse-point-robot", "point-robot-wind", "half-cheetah-vel", "half-cheetah-fwd-back", "ant-fwd-back",
+    "walker-2d-params",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_family_and_scale_resolves_and_survives_json(family: str, scale: str):
+    settings = train_settings(family, scale)
+    settings.check()
+    assert from_dict(TrainSettings, to_dict(settings)) == settings
+
+
+def test_paper_values_of_the_tables():
+    point, wind, velocity, direction, ant, walker = (train_settings(family, "paper") for family in FAMILIES)
+    assert (point.discount, point.reward_scale, point.latent_dim, point.context_reward) == (0.9, 100.0, 5, "sparse")
+    assert (wind.discount, wind.reward_scale, wind.context_reward) == (0.9, 100.0, "dense")
+    assert [s.reward_scale for s in (velocity, direction, ant, walker)] == [5.0] * 4
+    assert [s.discount for s in (velocity, direction, ant, walker)] == [0.99] * 4
+    assert [s.regularisation.kind for s in (point, wind)] == ["none", "none"]
+    assert [s.regularisation.kind for s in (direction, ant)] == ["value-penalty", "value-penalty"]
+    assert [s.regularisation.kind for s in (velocity, walker)] == ["policy", "policy"]
+    assert (velocity.regularisation.alpha, direction.regularisation.alpha, ant.regularisation.alpha) == (500, 500, 1e6)
+    assert [s.next_observation_in_context for s in (point, wind, velocity, walker)] == [False, True, False, True]
+    assert (velocity.latent_dim, direction.latent_dim, ant.latent_dim) == (20, 5, 20)
+    assert velocity.control_hidden == (300, 300, 300)
+    assert velocity.encoder_hidden == (200, 200, 200)
+    assert (velocity.distance.power, velocity.distance.beta, velocity.distance.epsilon) == (-2, 1.0, 0.1)
+
+
+def test_laptop_point_robots_train_the_encoder_first():
+    settings = train_settings("sparse-point-robot", "laptop")
+    assert (settings.schedule, settings.encoder_only_steps, settings.total_steps) == ("encoder-first", 1500, 9500)
+    assert (settings.control_hidden, settings.meta_batch, settings.batch_size) == ((128, 128), 16, 128)
+    assert settings.discount == 0.9
+    assert settings.regularisation.kind == "none"
+
+
+def test_joint_ignores_encoder_steps():
+    settings = override(train_settings("sparse-point-robot", "laptop"), {"schedule": "joint"})
+    assert settings.encoder_only_steps == 0
+    assert settings.total_steps == settings.steps
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_sise": "3"}, "batch_size"),
+        ({"regularisation.kind": "brac"}, "regularisation.kind"),
+        ({"distance.power": "3"}, "expected -2, -1, 1 or 2"),
+        ({"steps": "0"}, "steps=0, expected a number above 0"),
+        ({"critic_learning_rate": "nan"}, "critic_learning_rate"),
+        ({"discount": "1.5"}, "from 0 to 1"),
+        ({"control_hidden": ""}, "--set control_hidden=256,256"),
+        ({"regularisation.alpha": "-1"}, "0 or more"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(changes: dict, message: str):
+    with pytest.raises(UsageError, match=message):
+        override(TrainSettings(), changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distance.form": "released", "distance.power": "1"}, "--set distance.form=paper"),
+        ({"schedule": "encoder-first"}, "--set encoder_steps=1500"),
+        ({"log_std_min": "1"}, "log_std_min"),
+    ],
+)
+def test_settings_wrong_together_are_refused_by_check(changes: dict, message: str):
+    with pytest.raises(UsageError, match=message):
+        override(TrainSettings(), changes).check()
+
+
+def test_unknown_family_and_scale_name_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'half-cheetah-vel'"):
+        train_settings("half-cheeta-vel", "laptop")
+    with pytest.raises(UsageError, match="did you mean 'laptop'"):
+        train_settings("half-cheetah-vel", "labtop")
+
+
+def test_differences_are_dotted():
+    ours, theirs = to_dict(TrainSettings()), to_dict(override(TrainSettings(), {"distance.beta": 2, "steps": 1}))
+    assert differences(ours, theirs) == ["distance.beta", "steps"]
