@@ -141,7 +141,9 @@ def list_(stores: Path, as_json: bool) -> None:
     paths = find_collections(stores)
     if not paths and not as_json:
         raise FocalError(f"no collection in {stores}; make one with: focal-cli data generate --env point --scale smoke")
-    _print_rows([collection_row(open_collection(path)) for path in paths], as_json)
+    rows = [collection_row(open_collection(path)) for path in paths]
+    shown = ("path", "version", "tasks", "experts", "episodes", "transitions", "content")
+    _print_rows(rows if as_json else [{name: row[name] for name in shown} for row in rows], as_json)
 
 
 @data.command()

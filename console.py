@@ -131,6 +131,7 @@ def collection_row(collection: Collection) -> dict[str, Any]:
         "path": str(collection.path),
         "name": collection.name,
         "version": collection.version,
+        "family": collection.family,
         "tasks": f"{len(collection.train_tasks())} / {len(collection.test_tasks())}",
         "experts": f"{sum(entry.record.references.reached_expert for entry in tasks)} of {len(tasks)}",
         "episodes": episodes,
@@ -144,7 +145,6 @@ def collection_document(collection: Collection) -> dict[str, Any]:
     """Everything `data show --json` prints."""
     return {
         **collection_row(collection),
-        "family": collection.family,
         "content": collection.content_hash,
         "authors": list(collection.authors),
         "settings": dict(collection.settings),

@@ -4,14 +4,13 @@ import dataclasses
 import itertools
 import sys
 
-import gymnasium
 import numpy as np
 import pytest
 
 from focal import FocalError
 from focal.datagen import GenerateRequest, generate, generate_settings
 from focal.datagen.worker import best_checkpoint, run_task
-from focal.datasets import is_committed, list_segments, open_collection, read_segment, verify_collection
+from focal.datasets import is_committed, open_collection, verify_collection
 from focal.envs import get_family
 from focal.settings import override, to_dict
 
@@ -184,24 +183,3 @@ def test_best_checkpoint_is_the_one_with_the_highest_mean(tmp_path, monkeypatch)
     monkeypatch.setattr(worker, "list_segments", lambda *args: list(returns))
     monkeypatch.setattr(worker, "read_segment", lambda c, i, step: SimpleNamespace(returns=np.array(returns[step])))
     assert best_checkpoint(SimpleNamespace(collection=tmp_path, index=0)) == 60
-
-
-def test_segments_hold_what_was_played(tmp_path):
-    """A segment read back while the task is still under way is what the environment gives when replayed."""
-    family = get_family("point")
-    task = family.sample_tasks(2, 1, seed=4).parameters[0]
-    from focal.datagen.agent import SacAgent
-    from focal.datagen.worker import TaskJob, _checkpoint
-    from focal.envs import make_batch
-
-    job = TaskJob(tmp_path, family.name, 0, "train", task, TINY, 4, {})
-    (tmp_path / "staging").mkdir()
-    agent = SacAgent(family, task, TINY.sac, lambda chunk: 7 + chunk)
-    _checkpoint(job, agent, make_batch(family, [task] * 3, threads=1))
-    assert list_segments(tmp_path, 0) == [0]
-    episodes = read_segment(tmp_path, 0, 0)
-    env = gymnasium.make(family.env_id, task=task)
-    for e, actions in enumerate(np.split(episodes.actions, 3)):
-        env.reset(seed=int(episodes.seeds[e]))
-        total = sum(env.step(action)[1] for action in actions)
-        assert total == episodes.returns[e]
