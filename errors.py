@@ -14,6 +14,10 @@ class FocalError(Exception):
     exit_code = 1
 
 
+class DiskFullError(FocalError):
+    """No space is left; whatever else runs beside would fail alike."""
+
+
 class UsageError(FocalError):
     """The command or a setting is wrong; `focal-cli` exits with 2."""
 

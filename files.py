@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import FocalError
+from .errors import DiskFullError
 
 TEMPORARY = ".tmp-"
 
@@ -17,16 +17,15 @@ TEMPORARY = ".tmp-"
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed over `path`, else removed.
 
-    Raises `FocalError` when the disk is full.
+    Raises `DiskFullError`.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if is_disk_full(error):
@@ -40,13 +39,18 @@ def remove_leftovers(folder: Path) -> None:
         leftover.unlink()
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path | str) -> None:
+    """Flush a file's content, or the names in a folder, so that they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def temporary_name(final: Path) -> Path:
+    """The name under which this process builds `final`, in the same folder so that the rename is atomic."""
+    return final.parent / f"{TEMPORARY}{final.name}-{os.getpid()}"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,20 +67,22 @@ def write_json(path: Path, value: Any) -> None:
 def is_disk_full(error: BaseException | None) -> bool:
     """Tell whether an exception, or one that caused it, says that no space is left.
 
-    safetensors reports the operating system's error as text only, hence the second test.
+    A file-size limit (EFBIG, ulimit -f) stops a writer exactly as a full disk does. safetensors reports the
+    operating system's error as text only, hence the last test.
     """
     while error is not None:
+        if isinstance(error, DiskFullError):
+            return True
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if type(error).__name__ == "SafetensorError" and "os error 28" in str(error).lower():
+        if type(error).__name__ == "SafetensorError" and any(f"os error {n}" in str(error) for n in (27, 28, 122)):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def disk_full(path: Path) -> FocalError:
+def disk_full(path: Path) -> DiskFullError:
     """Return the error for a full disk at `path`."""
-    return FocalError(
-        f"no space left on the disk while writing {path}; nothing finished was lost: "
-        "free some space, then run the same command again"
+    return DiskFullError(
+        f"disk full while writing {path}: free space and run the same command again; nothing finished was lost"
     )

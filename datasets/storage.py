@@ -20,16 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FocalError
+from ..files import TEMPORARY, atomic_path, disk_full, is_disk_full, sync, temporary_name
 
-TEMPORARY = ".tmp-"
 AGAIN = "unpack the bundle again (focal-cli bundle unpack) or generate the data again (focal-cli data generate)"
 """The next command where data are damaged: nothing here can repair them."""
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 32
-
-# EFBIG: a file-size limit (ulimit -f) stops the writer exactly as a full disk does
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -38,11 +35,8 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise FocalError(
-                f"disk full while writing {target}: free space and run the same command again; "
-                "nothing finished was lost"
-            ) from error
+        if is_disk_full(error):
+            raise disk_full(target) from error
         raise FocalError(
             f"cannot write {target}: {error.strerror or error}; make the folder writable and run the same command again"
         ) from error
@@ -83,17 +77,9 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 def replace_file(final: Path, data: bytes) -> None:
     """Write `data` to `final` so that a reader sees the old file or the new one, never a part of it."""
-    temporary = temporary_name(final)
-    with writing(final):
-        try:
-            temporary.unlink(missing_ok=True)
-            write_file(temporary, data)
-            sync(temporary)
-            os.replace(temporary, final)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync(final.parent)
+    with writing(final), atomic_path(final) as temporary:
+        temporary.unlink(missing_ok=True)  # a dead process had our pid
+        write_file(temporary, data)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -114,11 +100,6 @@ def make_folder(path: Path) -> None:
             sync(folder.parent)
 
 
-def temporary_name(final: Path) -> Path:
-    """The name under which this process builds `final`, in the same folder so that the rename is atomic."""
-    return final.parent / f"{TEMPORARY}{final.name}-{os.getpid()}"
-
-
 def remove_temporaries(folder: Path, name: str = "") -> None:
     """Delete what killed writers of `name` (or of anything) left directly inside `folder`."""
     if not folder.is_dir():
@@ -127,15 +108,6 @@ def remove_temporaries(folder: Path, name: str = "") -> None:
     for entry in [entry for entry in os.scandir(folder) if entry.name.startswith(prefix)]:
         with writing(Path(entry.path)):
             shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
-
-
-def sync(path: Path | str) -> None:
-    """fsync a file's content, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sync_tree(root: Path) -> None:

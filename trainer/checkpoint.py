@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FocalError
-from ..files import sync_folder, write_json
+from ..files import sync, write_json
 from .files import read_json, sha256, write_bytes
 from .focal import Focal
 from .policies import load_exactly, read_tensors
@@ -52,7 +52,7 @@ def save_checkpoint(folder: Path, step: int, focal: Focal, generators: Mapping[s
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
-    sync_folder(folder)
+    sync(folder)
     for old in list_checkpoints(folder)[:-2]:
         shutil.rmtree(old)
     return final
