@@ -19,22 +19,29 @@ class Cli(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command; see click."""
+        words = list(args[0] if args and args[0] is not None else kwargs.get("args") or sys.argv[1:])
+        debug = "--debug" in words
+        kwargs["args"] = [word for word in words if word != "--debug"]  # wherever it stands
         try:
-            return super().main(*args, **kwargs)
-        except FocalError as error:
-            if "--debug" in (kwargs.get("args") or (args[0] if args else None) or sys.argv[1:]):
+            return super().main(*args[1:], **kwargs)
+        except Exception as error:
+            if debug:
                 raise
-            click.echo(f"focal-cli: {error}", err=True)
-            sys.exit(error.exit_code)
-        except OSError as error:
-            from .files import disk_full, is_disk_full
+            click.echo(f"focal-cli: {explain(error)}", err=True)
+            sys.exit(error.exit_code if isinstance(error, FocalError) else 1)
 
-            if "--debug" in sys.argv:
-                raise
-            place = Path(error.filename) if error.filename else Path.cwd()
-            said = disk_full(place) if is_disk_full(error) else f"{place}: {error.strerror or error}"
-            click.echo(f"focal-cli: {said}", err=True)
-            sys.exit(1)
+
+def explain(error: Exception) -> str:
+    """Return one line for any error."""
+    from .files import disk_full, is_disk_full
+
+    if isinstance(error, FocalError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        place = Path(error.filename)
+        return str(disk_full(place)) if is_disk_full(error) else f"{place}: {error.strerror or error}"
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}; that is our mistake: please report it with what --debug prints"
 
 
 def stores_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,9 +66,11 @@ set_option = click.option("--set", "assignments", multiple=True, metavar="NAME=V
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="focal-omrl")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def main(debug: bool) -> None:
-    """Offline meta-reinforcement learning: make datasets, train FOCAL on them, test it on unseen tasks."""
+def main() -> None:
+    """Offline meta-reinforcement learning: make datasets, train FOCAL on them, test it on unseen tasks.
+
+    --debug, anywhere, shows tracebacks.
+    """
 
 
 @main.command()
@@ -141,7 +150,12 @@ def list_(stores: Path, as_json: bool) -> None:
     paths = find_collections(stores)
     if not paths and not as_json:
         raise FocalError(f"no collection in {stores}; make one with: focal-cli data generate --env point --scale smoke")
-    rows = [collection_row(open_collection(path)) for path in paths]
+    rows = []
+    for path in paths:
+        try:
+            rows.append(collection_row(open_collection(path)))
+        except FocalError as error:  # one damaged collection must not hide the others
+            click.echo(f"focal-cli: {error}", err=True)
     shown = ("path", "version", "tasks", "experts", "episodes", "transitions", "content")
     _print_rows(rows if as_json else [{name: row[name] for name in shown} for row in rows], as_json)
 
@@ -184,11 +198,10 @@ def verify(path: Path, as_json: bool) -> None:
 def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
     """Cut the quality levels anew, for example --set expert_from=0.8, into a new version."""
     from .console import print_collection
-    from .datasets import QualityRule, open_collection, relabel_collection
+    from .datasets import open_collection, relabel_collection
     from .settings import override, parse_assignments
 
-    open_collection(path)
-    rule = override(QualityRule(), parse_assignments(assignments))
+    rule = override(open_collection(path).tasks[0].rule, parse_assignments(assignments))
     print_collection(relabel_collection(path, output, rule))
 
 
@@ -246,14 +259,13 @@ def test(
 
     folder = run or newest_run(runs)
     torch.set_num_threads(1)  # at these network sizes more threads only wait for each other
-    result = test_run(folder, quality, context_size, episodes, test_seed)
-    pictures = save_figures(folder, result) if figures else []
+    result = test_run(folder, stores, quality, context_size, episodes, test_seed)
     if as_json:
         click.echo(json.dumps(result.to_json(), indent=2))
-        return
-    print_test(result)
-    for picture in pictures:
-        click.echo(f"saved {picture}")
+    else:
+        print_test(result)
+    for picture in save_figures(result) if figures else []:
+        click.echo(f"saved {picture}", err=as_json)
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool) -> None:

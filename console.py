@@ -1,5 +1,6 @@
 """What the command line prints: tables and progress bars (rich)."""
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -32,7 +34,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> 
         numeric = all(isinstance(row[name], int | float) or row[name] == "-" for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*("-" if value is None else _text(value) for value in row.values()))
+        table.add_row(*("-" if value is None else escape(_text(value)) for value in row.values()))
     console.print(table)
 
 
@@ -85,6 +87,8 @@ class GenerateBars(_Bars, GenerateProgress):
         self.tasks, self.steps, self.sealed = tasks, steps_per_task, sealed
         done = f", {sealed} finished earlier" if sealed else ""
         console.print(f"{self.name}: {tasks} tasks of {steps_per_task:,} environment steps{done}")
+        self.done = self._before = sealed * steps_per_task
+        self._tenths, self._started = 0, time.monotonic()
         self.overall = self.progress.add_task(
             "all tasks", total=tasks * steps_per_task, completed=sealed * steps_per_task
         )
@@ -96,6 +100,7 @@ class GenerateBars(_Bars, GenerateProgress):
                 self._bars[task] = self.progress.add_task(f"task {task}", total=self.steps)
             self.progress.advance(self._bars[task], amount)
             self.progress.advance(self.overall, amount)
+            self._print_line(amount)
         elif what == "sealed":
             self.sealed += 1
             if task in self._bars:
@@ -103,13 +108,23 @@ class GenerateBars(_Bars, GenerateProgress):
             if self.progress.disable:
                 console.print(f"task {task} sealed ({self.sealed} of {self.tasks})")
 
+    def _print_line(self, amount: int) -> None:
+        """Without a terminal, say every tenth of the work how fast it goes and how long it will take."""
+        self.done += amount
+        total = self.tasks * self.steps
+        if self.progress.disable and self.done // max(1, total // 10) > self._tenths:
+            self._tenths = self.done // max(1, total // 10)
+            rate = (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
+            left = (total - self.done) / max(rate, 1e-9)
+            console.print(f"{self.done:,} of {total:,} steps, {rate:,.0f} steps/s, about {left / 60:.0f} minutes left")
+
 
 class TrainBars(_Bars, TrainProgress):
     """One bar per seed."""
 
     def begin(self, run_dir: Path, seeds: tuple[int, ...], steps: int) -> None:
         """Draw the bars."""
-        console.print(f"training {run_dir}: {steps:,} gradient steps, seeds {', '.join(map(str, seeds))}")
+        console.print(f"training {escape(str(run_dir))}: {steps:,} gradient steps, seeds {', '.join(map(str, seeds))}")
         self._seeds = {seed: self.progress.add_task(f"seed {seed}", total=steps) for seed in seeds}
         self._printed = dict.fromkeys(seeds, 0)
         self._every = max(1, steps // 10)
@@ -195,8 +210,9 @@ def task_rows(collection: Collection) -> list[dict[str, Any]]:
 def print_collection(collection: Collection, tasks: bool = False) -> None:
     """Print a collection's card."""
     row = collection_row(collection)
-    console.print(f"[bold]{row['name']}[/] {row['version']} at {row['path']}, content {row['content']}")
-    by = ", ".join(collection.authors) or "no author given"
+    place = escape(f"{row['version']} at {row['path']}, content {row['content']}")
+    console.print(f"[bold]{escape(collection.name)}[/] {place}")
+    by = escape(", ".join(collection.authors) or "no author given")
     console.print(f"{collection.family}, train / test tasks {row['tasks']}, licence {row['licence']}, by {by}")
     print_table(quality_rows(collection))
     failed = [entry.index for entry in collection.tasks if not entry.record.references.reached_expert]

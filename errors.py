@@ -15,7 +15,14 @@ class FocalError(Exception):
 
 
 class DiskFullError(FocalError):
-    """No space is left; whatever else runs beside would fail alike."""
+    """No space is left; whatever else runs beside would fail alike. `where_full` is the message without advice."""
+
+    def __init__(self, where_full: str, advice: str = "free space and run the same command again"):
+        super().__init__(where_full, advice)
+        self.where_full, self.advice = where_full, advice
+
+    def __str__(self) -> str:
+        return f"{self.where_full}: {self.advice}; nothing finished was lost"
 
 
 class UsageError(FocalError):

@@ -5,24 +5,31 @@ The trainer knows no environment; its periodic meta-test is made here and handed
 
 import dataclasses
 import datetime
-import json
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .datasets import QUALITIES, Collection, Quality, find_collections, open_collection
+from .datasets import Collection, find_collections, open_collection
 from .envs import get_family
-from .errors import FocalError, UsageError
-from .evaluation import CONDITIONS, Interval, MetaTestResult, meta_test, quick_test, seed_interval, select_test_tasks
+from .errors import DiskFullError, FocalError, UsageError
+from .evaluation import (
+    CONDITIONS,
+    Interval,
+    MetaTestResult,
+    TestTasks,
+    meta_test,
+    quick_test,
+    seed_interval,
+    select_test_tasks,
+)
 from .files import write_json
 from .provenance import provenance
 from .settings import override, parse_assignments
 from .trainer.agent import Agent
-from .trainer.journal import read_rows
+from .trainer.checkpoint import list_checkpoints
 from .trainer.loop import train
 from .trainer.replay import TrainingData
 from .trainer.runs import Run, RunSource, load_agent, load_untrained_agent, read_run, seed_folder
@@ -75,7 +82,8 @@ class RunTest:
     """Meta-test results of all seeds of a run."""
 
     run_dir: Path
-    settings: TrainSettings
+    run: Run
+    collection: Collection
     context_size: int
     episodes: int
     test_seed: int
@@ -108,6 +116,8 @@ class RunTest:
             "episodes": self.episodes,
             "test_seed": self.test_seed,
             "protocol": "offline",
+            "gradient_steps": self.run.settings.total_steps,
+            "collection": {"name": self.collection.name, "content_hash": self.collection.content_hash},
             "summary": summary,
             "seeds": {str(seed): result.to_json() for seed, result in self.results.items()},
             "provenance": provenance(),
@@ -145,38 +155,43 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     """
     progress = progress or TrainProgress()
     collection = open_collection(request.collection)
-    base = train_settings(collection.family, request.scale or collection.scale)
-    settings = override(base, parse_assignments(request.assignments))
+    run_dir = _run_folder(request, collection)
+    settings, seeds = _settings_and_seeds(request, collection, run_dir)
     settings.check()
     training_data(collection, request.quality)  # fails here, before any process starts
-    run_dir = _run_folder(request, collection, settings)
-    source = RunSource(collection.name, str(request.collection.resolve()), request.quality, request.seeds, provenance())
+    source = RunSource(collection.name, str(request.collection.resolve()), request.quality, seeds, provenance())
     jobs = {
         seed: SeedJob(run_dir, request.collection, request.quality, settings, seed, source, request.resume)
-        for seed in request.seeds
+        for seed in seeds
     }
-    progress.begin(run_dir, request.seeds, settings.total_steps)
-    failures = run_jobs(train_seed, jobs, request.workers or available_cores(), progress.update)
+    progress.begin(run_dir, seeds, settings.total_steps)
+    again = f"continue with: {resume_command(run_dir, source)}"
+    failures = run_jobs(train_seed, jobs, request.workers or available_cores(), progress.update, again)
     if failures:
         seed, error = min(failures.items())
-        raise (
-            error
-            if isinstance(error, FocalError)
-            else FocalError(
-                f"seed {seed} failed: {type(error).__name__}: {error}; finished steps are kept, continue with --resume"
-            )
-        ) from error
+        if isinstance(error, DiskFullError):
+            raise FocalError(f"seed {seed}: {error.where_full}; free space, then {again}") from error
+        if isinstance(error, FocalError):
+            raise error
+        raise FocalError(f"seed {seed} failed: {type(error).__name__}: {error}; steps are kept, {again}") from error
     return run_dir
+
+
+def resume_command(run_dir: Path, source: RunSource) -> str:
+    """The command that continues a run with its own settings and seeds."""
+    words = ["focal-cli", "train", "--collection", source.collection_path, "--data", source.quality]
+    return shlex.join([*words, "--runs", str(run_dir.parent), "--name", run_dir.name, "--resume"])
 
 
 def train_seed(job: SeedJob, report: Any) -> None:
     """Train one seed in this process."""
     collection = open_collection(job.collection)
     data = training_data(collection, job.quality)
-    tests = select_test_tasks(collection, job.quality)
+    tests = _test_tasks_or_none(collection, job.quality)
     last = [0.0]
 
     def evaluate(agent: Agent, step: int) -> dict[str, float]:
+        assert tests is not None
         return quick_test(agent, tests, job.settings.context_size, QUICK_EPISODES, QUICK_SEED)
 
     def show(step: int, total: int, metrics: Mapping[str, float]) -> None:
@@ -185,7 +200,13 @@ def train_seed(job: SeedJob, report: Any) -> None:
             last[0] = now
             report(job.seed, step, dict(metrics))
 
-    train(job.run_dir, data, job.settings, job.seed, evaluate, job.resume, show, job.source)
+    train(job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source)
+
+
+def _test_tasks_or_none(collection: Collection, quality: str) -> TestTasks | None:
+    """The tasks of the meta-test during training; None where no test task has data of that quality."""
+    have, _ = collection.tasks_with(quality, collection.test_tasks())
+    return select_test_tasks(collection, quality) if have else None
 
 
 def training_data(collection: Collection, quality: str) -> TrainingData:
@@ -203,101 +224,78 @@ def training_data(collection: Collection, quality: str) -> TrainingData:
     )
 
 
-def _run_folder(request: TrainRequest, collection: Collection, settings: TrainSettings) -> Path:
+def _run_folder(request: TrainRequest, collection: Collection) -> Path:
     if request.name is not None:
         return request.runs / request.name
     if request.resume:
         return newest_run(request.runs)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return request.runs / f"{collection.family}-{request.quality}-{settings.algo}-{stamp}"
+    return request.runs / f"{collection.family}-{request.quality}-focal-{stamp}"
 
 
-def test_run(run_dir: Path, quality: str | None, context_size: int | None, episodes: int, test_seed: int) -> RunTest:
-    """Meta-test every trained seed of a run on its collection's test tasks; results are saved in RUN/test.json.
+def _settings_and_seeds(
+    request: TrainRequest, collection: Collection, run_dir: Path
+) -> tuple[TrainSettings, tuple[int, ...]]:
+    """What was asked for; a run that is continued starts from its own, so that nothing need be typed again."""
+    seeds = request.seeds
+    if request.resume and request.scale is None and (run_dir / "settings.json").exists():
+        run = read_run(run_dir)
+        base, seeds = run.settings, tuple(sorted({*run.source.seeds, *seeds}))
+    else:
+        base = train_settings(collection.family, request.scale or collection.scale)
+    return override(base, parse_assignments(request.assignments)), seeds
 
-    Raises `FocalError` when the run or its collection is missing or does not fit.
+
+def test_run(
+    run_dir: Path, stores: Path, quality: str | None, context_size: int | None, episodes: int, test_seed: int
+) -> RunTest:
+    """Meta-test all seeds of a run on its collection's test tasks; every raw return is saved in RUN/tests.
+
+    Raises `FocalError` when a seed is not fully trained, or when the run or its collection is missing or does not fit.
     """
     run = read_run(run_dir)
-    collection = _collection_of(run)
+    _refuse_unfinished(run_dir, run)
+    collection = collection_of(run, stores)
     tasks = select_test_tasks(collection, quality or run.source.quality)
     size = context_size or run.settings.context_size
     results = {}
     for seed in run.source.seeds:
-        if not seed_folder(run_dir, seed).is_dir():
-            continue
         agent = load_agent(run_dir, seed)
         results[seed] = meta_test(agent, load_untrained_agent(run_dir, seed), tasks, size, episodes, test_seed)
-    if not results:
-        raise FocalError(f"{run_dir} holds no trained seed; train it: focal-cli train --resume --name {run_dir.name}")
-    tested = RunTest(run_dir, run.settings, size, episodes, test_seed, results)
-    write_json(run_dir / "test.json", tested.to_json())
+    tested = RunTest(run_dir, run, collection, size, episodes, test_seed, results)
+    name = f"{tasks.quality}-context{size}-episodes{episodes}-seed{test_seed}.json"
+    write_json(run_dir / "tests" / name, tested.to_json())
     return tested
 
 
-def _collection_of(run: Run) -> Collection:
+def _refuse_unfinished(run_dir: Path, run: Run) -> None:
+    """A table must never show a half-trained network as a result."""
+    for seed in run.source.seeds:
+        checkpoints = list_checkpoints(seed_folder(run_dir, seed) / "checkpoints")
+        step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+        if step < run.settings.total_steps:
+            raise FocalError(
+                f"{run_dir}: seed {seed} is at step {step} of {run.settings.total_steps}; "
+                f"finish it: {resume_command(run_dir, run.source)}"
+            )
+
+
+def collection_of(run: Run, stores: Path) -> Collection:
+    """Open the collection a run was trained on: where it was then, or wherever below `stores` it is now."""
     path = Path(run.source.collection_path)
-    collection = open_collection(path)
-    if collection.content_hash != run.content_hash:
-        raise FocalError(
-            f"{path} is not the data this run was trained on (content hash {collection.content_hash[:12]}, "
-            f"expected {run.content_hash[:12]}); put that collection back, or train again"
-        )
-    return collection
+    for candidate in [path, *find_collections(stores)]:
+        if (candidate / "dataset.json").exists():
+            collection = open_collection(candidate)
+            if collection.content_hash == run.content_hash:
+                return collection
+    raise FocalError(
+        f"neither {path} nor anything in {stores} is the data this run was trained on (content hash "
+        f"{run.content_hash[:12]}); say with --stores where it is, or train again"
+    )
 
 
-def save_figures(run_dir: Path, tested: RunTest) -> list[Path]:
-    """Draw return curve, embeddings by task and episodes by quality into RUN/figures; return the files."""
-    from .evaluation import figures
+def save_figures(tested: RunTest) -> list[Path]:
+    """Draw the run's pictures into RUN/figures; return the files."""
+    from .evaluation.run_figures import draw_run
 
-    run = read_run(run_dir)
-    folder, result = run_dir / "figures", tested.first
-    what = "sparse return" if get_family(run.family).sparse else "return"
-    where = "held-out context" if result.heldout_only else "unseen tasks"
-    curves: dict[str, dict[int, dict[int, float]]] = {"right context": {}, "wrong context": {}}
-    for seed in tested.results:
-        rows: Any = read_rows(seed_folder(run_dir, seed) / "evaluation.jsonl")
-        for name, key in (("right context", "test/return"), ("wrong context", "test/wrong_context_return")):
-            curves[name][seed] = {row["step"]: row[key] for row in rows}
-    paths = [folder / "return_curve.png", folder / "embeddings.png", folder / "data_by_quality.png"]
-    if all(curve for seeds in curves.values() for curve in seeds.values()):
-        figures.return_curve(paths[0], curves, f"{what} on {where}", f"{run.family}, {run.source.quality} data")
-    count, episodes, latent = result.embeddings.shape
-    figures.embeddings_by_task(
-        paths[1], result.embeddings.reshape(count * episodes, latent), np.repeat(np.arange(count), episodes),
-        [f"task {index}" for index in result.task_indices], f"{run.family}: embeddings, {where}",
-    )  # fmt: skip
-    _draw_data(paths[2], _collection_of(run), result)
-    return [path for path in paths if path.exists()]
-
-
-def _draw_data(path: Path, collection: Collection, result: MetaTestResult) -> None:
-    from .evaluation import figures
-
-    levels = [quality for quality in QUALITIES if quality != "mixed"]
-    if collection.family != "sparse-point-robot":
-        returns: dict[str, Any] = {level: [] for level in levels}
-        for entry in collection.tasks:
-            episodes = collection.load(entry.index)
-            for level in levels:
-                returns[level] += episodes.returns[episodes.qualities == Quality[level.upper()]].tolist()
-        figures.returns_by_quality(path, returns, f"{collection.family}: episodes by quality")
-        return
-    chosen = result.task_indices[:: max(1, len(result.task_indices) // 4)][:5]
-    panels: dict[str, list[dict[str, Any]]] = {level: [] for level in levels}
-    for index in chosen:
-        episodes = collection.load(index)
-        starts = np.concatenate([[0], np.cumsum(episodes.lengths + 1)])
-        goal = collection.tasks[index].record.params["goal"]
-        for level in levels:
-            for e in np.flatnonzero(episodes.qualities == Quality[level.upper()])[:8]:
-                positions = episodes.observations[starts[e] : starts[e + 1]]
-                panels[level].append({"positions": positions, "goal": goal})
-    figures.trajectories_by_quality(path, panels, f"{collection.family}: episodes by quality, goal region circled")
-
-
-def load_test(run_dir: Path) -> dict[str, Any]:
-    """Read back what `test_run` saved."""
-    path = run_dir / "test.json"
-    if not path.exists():
-        raise FocalError(f"{run_dir} was not tested yet; focal-cli test {run_dir}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return draw_run(tested.run_dir, tested.run, tested.collection, tested.results)

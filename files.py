@@ -83,6 +83,4 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def disk_full(path: Path) -> DiskFullError:
     """Return the error for a full disk at `path`."""
-    return DiskFullError(
-        f"disk full while writing {path}: free space and run the same command again; nothing finished was lost"
-    )
+    return DiskFullError(f"disk full while writing {path}")

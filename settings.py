@@ -5,6 +5,7 @@ another settings class. Defaults are stated once, in the class; tables per famil
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -114,6 +115,9 @@ def _convert_scalar(value: Any, kind: Any, name: str) -> Any:
         raise UsageError(f"{name}={value!r}, expected {kind.__name__}")
     try:
         # int("1e5") fails, although people write it
-        return int(float(value)) if kind is int and float(value).is_integer() else kind(value)
-    except (TypeError, ValueError):
+        converted = int(float(value)) if kind is int and float(value).is_integer() else kind(value)
+    except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{name}={value!r}, expected {kind.__name__}") from None
+    if kind is float and not math.isfinite(converted):
+        raise UsageError(f"{name}={value!r}, expected a finite number")
+    return converted

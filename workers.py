@@ -7,6 +7,7 @@ die with their parent, so that a killed command can be run again at once.
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -19,7 +20,6 @@ from .files import is_disk_full
 
 Key = TypeVar("Key", bound=Hashable)
 Report = Callable[..., None]
-WorkerDied = BrokenProcessPool
 
 
 def available_cores() -> int:
@@ -32,18 +32,21 @@ def run_jobs(
     jobs: Mapping[Key, Any],
     workers: int,
     on_report: Callable[..., None],
+    how_to_continue: str,
 ) -> dict[Key, BaseException]:
     """Call `work(job, report)` for every job in up to `workers` processes; return the failures by key.
 
     What a job passes to `report` arrives at `on_report` in this process. One failing job does not stop the others,
-    except when the disk is full or a worker died, which nothing else would survive either.
+    except when the disk is full or a worker died, which nothing else would survive either. Ctrl-C, or any error here,
+    ends all workers at once. `how_to_continue` ends the message about a worker that died.
     """
     if not jobs:
         return {}
     context = multiprocessing.get_context("spawn")  # torch's thread pools do not survive a fork
     reports: Any = context.Queue()
     failures: dict[Key, BaseException] = {}
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (reports, os.getpid())) as pool:
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (reports, os.getpid()))
+    try:
         futures: dict[Future[None], Key] = {pool.submit(_run, work, job): key for key, job in jobs.items()}
         pending = set(futures)
         while pending:
@@ -53,20 +56,26 @@ def run_jobs(
                 error = None if future.cancelled() else future.exception()
                 if error is None:
                     continue
-                failures[futures[future]] = _explain(error)
-                if isinstance(error, WorkerDied) or is_disk_full(error):
+                failures[futures[future]] = _explain(error, how_to_continue)
+                if isinstance(error, BrokenProcessPool) or is_disk_full(error):
                     for other in pending:
                         other.cancel()
-        _drain(reports, on_report)
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()  # jobs survive SIGKILL by design; finishing them could take hours
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+    _drain(reports, on_report)
     return failures
 
 
-def _explain(error: BaseException) -> BaseException:
-    if not isinstance(error, WorkerDied):
+def _explain(error: BaseException, how_to_continue: str) -> BaseException:
+    if not isinstance(error, BrokenProcessPool):
         return error
     return FocalError(
         "a worker process died (killed, or out of memory); finished work is kept: "
-        "run the same command again to continue, with fewer --workers if memory is short"
+        f"{how_to_continue}, with fewer --workers if memory is short"
     )
 
 
@@ -85,6 +94,7 @@ def _start(reports: Any, parent: int) -> None:
     global _REPORTS
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle, which then ends the workers
     torch.set_num_threads(1)
     _REPORTS = reports
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()

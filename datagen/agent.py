@@ -6,6 +6,7 @@ from its files continues exactly as one that was never stopped.
 """
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ..envs import TaskFamily, TaskParameters
+from ..errors import FocalError
 from ..files import atomic_path
 from ..trainer.networks import TanhGaussianPolicy
 from .settings import SacSettings
@@ -88,10 +90,23 @@ class SacAgent:
         self._saved_steps = self.steps
 
     def restore(self, folder: Path) -> bool:
-        """Continue from what `save` wrote; return False when there is nothing to continue from."""
-        path = folder / LEARNER_FILE
-        if not path.exists():
+        """Continue from what `save` wrote; return False when there is nothing to continue from.
+
+        Raises `FocalError` when a file is missing or damaged: training again from the start gives the same episodes.
+        """
+        if not (folder / LEARNER_FILE).exists():
             return False
+        try:
+            self._restore(folder)
+        except (OSError, EOFError, ValueError, KeyError, AssertionError, zipfile.BadZipFile, SafetensorError) as error:
+            raise FocalError(
+                f"{folder} is damaged ({' '.join(str(error).split())[:100]}); "
+                f"type rm -r {folder}, then run the same command again: that task starts anew"
+            ) from error
+        return True
+
+    def _restore(self, folder: Path) -> None:
+        path = folder / LEARNER_FILE
         with safe_open(path, framework="pt") as file:
             meta = json.loads(file.metadata()["learner"])
             self._load_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
@@ -105,7 +120,6 @@ class SacAgent:
                     getattr(replay, name)[start:end, 0] = rows[name]
         assert end == meta["steps"], (end, meta)
         replay.pos = end
-        return True
 
     def _replay(self) -> ReplayBuffer:
         assert self.model.replay_buffer is not None

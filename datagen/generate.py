@@ -1,5 +1,6 @@
 """Stage one of a collection: tasks in parallel processes, then the commit."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from ..settings import to_dict
 from ..workers import available_cores, run_jobs
 from .settings import GenerateSettings
 from .worker import TaskJob, run_task
+
+AGAIN = "run the same command again to continue"
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,17 @@ def generate(request: GenerateRequest, progress: Progress | None = None) -> Coll
     progress = progress or Progress()
     family = get_family(request.family)
     settings = request.settings
+    settings.check()
     tasks = family.sample_tasks(settings.n_train, settings.n_test, request.seed, request.tasks_from)
     header = _header(request, tasks)
     if is_committed(request.path):
         collection = open_collection(request.path)
-        if collection.header != header:
+        if _content(collection.header) != _content(header):
             raise FocalError(
                 f"{request.path} holds a complete collection made with other settings; "
                 "choose another folder with -o, or remove that one"
             )
-        return commit_collection(request.path, header, {})  # only clears what a kill after the commit left
+        return commit_collection(request.path, collection.header, {})  # only clears what a kill after the commit left
     begin_collection(request.path, header)
     origin = provenance()
     jobs = {
@@ -76,7 +80,7 @@ def generate(request: GenerateRequest, progress: Progress | None = None) -> Coll
     }
     count = len(tasks.parameters)
     progress.begin(count, settings.sac.total_steps, count - len(jobs))
-    failures = run_jobs(run_task, jobs, request.workers or available_cores(), progress.update)
+    failures = run_jobs(run_task, jobs, request.workers or available_cores(), progress.update, AGAIN)
     if failures:
         index, error = min(failures.items())
         if isinstance(error, FocalError):
@@ -86,6 +90,11 @@ def generate(request: GenerateRequest, progress: Progress | None = None) -> Coll
             "the others are finished and kept; run the same command again to continue"
         ) from error
     return commit_collection(request.path, header, origin)
+
+
+def _content(header: CollectionHeader) -> CollectionHeader:
+    """The part of a header that decides the data; authors and licence of a complete collection stay as they are."""
+    return dataclasses.replace(header, authors=(), licence="CC0-1.0")
 
 
 def _header(request: GenerateRequest, tasks: TaskSet) -> CollectionHeader:

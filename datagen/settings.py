@@ -28,6 +28,13 @@ class SacSettings:
     update_every: int = 1  # environment steps between updates
     updates_each: int = 1  # gradient steps per update
 
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "learning_rate", "batch_size", "tau", "update_every", "updates_each"):
+            _require(getattr(self, name) > 0, f"sac.{name}", getattr(self, name), "a number above 0")
+        _require(0 <= self.discount <= 1, "sac.discount", self.discount, "a number from 0 to 1")
+        _require(self.learning_starts >= 0, "sac.learning_starts", self.learning_starts, "0 or more")
+        _require(min(self.hidden_sizes, default=0) > 0, "sac.hidden_sizes", self.hidden_sizes, "widths such as 256,256")
+
 
 @dataclass(frozen=True)
 class GenerateSettings:
@@ -40,6 +47,26 @@ class GenerateSettings:
     episodes_per_checkpoint: int = 20  # stochastic episodes rolled out into the data
     fresh_episodes: int = 20  # per reference: stochastic and deterministic, untrained and best policy
     quality: QualityRule = field(default_factory=QualityRule)
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_train", 1), ("n_test", 1), ("checkpoints", 1), ("episodes_per_checkpoint", 1)):
+            _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
+        _require(self.fresh_episodes >= 2, "fresh_episodes", self.fresh_episodes, "at least 2, for a standard error")
+
+    def check(self) -> None:
+        """Raise `UsageError` for settings that are each fine and wrong together (`--set` changes one at a time)."""
+        steps = self.sac.total_steps
+        most = f"at most sac.total_steps={steps}"
+        _require(self.checkpoints <= steps, "checkpoints", self.checkpoints, most)
+        spacing = {steps * (k + 1) // self.checkpoints - steps * k // self.checkpoints for k in range(self.checkpoints)}
+        for gap in sorted(spacing):  # stable-baselines3 stops at whole updates only
+            rule = f"a divisor of the {gap} steps between checkpoints"
+            _require(gap % self.sac.update_every == 0, "sac.update_every", self.sac.update_every, rule)
+
+
+def _require(holds: bool, name: str, found: Any, expected: str) -> None:
+    if not holds:
+        raise UsageError(f"{name}={found}, expected {expected}")
 
 
 _POINT = {

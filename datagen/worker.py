@@ -42,7 +42,7 @@ TRAIN_STREAM, ROLLOUT_STREAM, REFERENCE_STREAM = 2, 3, 4
 RANDOM_STOCHASTIC, RANDOM_DETERMINISTIC, EXPERT_STOCHASTIC, EXPERT_DETERMINISTIC = range(4)
 
 Report = Callable[[int, str, int], None]
-"""(task index, what, amount): "steps" n more environment steps, "started", "sealed"."""
+"""(task index, what, amount): "steps" n more environment steps, or "sealed"."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from .opening import (
     inspect_tasks,
     is_committed,
     open_collection,
+    quoted,
 )
 from .quality import QualityRule, label_episodes
 from .records import CollectionHeader, TaskRecord, differences
@@ -104,8 +105,8 @@ def _check_header(path: Path, header: CollectionHeader) -> None:
     if changed := differences(document, header.to_json()):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise FocalError(
-            f"{path} was begun with other settings: {changed[0]}{more}; choose another folder with -o, "
-            f"or finish that one: {generate_command(path)}"
+            f"{path} was begun with other settings: {changed[0]}{more}; choose another folder with -o, drop what "
+            f"is there with rm -r {quoted(path)}, or finish it: {generate_command(path)}"
         )
 
 
@@ -260,7 +261,8 @@ def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
     if dst.exists() or dst.resolve().is_relative_to(src.resolve()):
         raise FocalError(f"{dst} exists or lies inside {src}, expected a new folder; choose another one with -o")
     major, minor, _ = source.version.split(".")
-    header = replace(source.header, version=f"{major}.{int(minor) + 1}.0")
+    settings = {**source.settings, "quality": asdict(rule)}
+    header = replace(source.header, version=f"{major}.{int(minor) + 1}.0", settings=settings)
     origin = {"name": source.name, "version": source.version, "content_hash": source.content_hash}
     make_folder(dst.parent)
     remove_temporaries(dst.parent, dst.name)

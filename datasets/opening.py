@@ -215,4 +215,19 @@ def generate_command(path: Path) -> str:
     except FocalError:
         return f"focal-cli data generate -o {quoted(path)}"
     words = ["focal-cli", "data", "generate", "--env", header.family, "--scale", header.scale]
-    return shlex.join([*words, "--seed", str(header.seed), "--tasks-from", header.tasks_from, "-o", str(path)])
+    words += ["--seed", str(header.seed), "--tasks-from", header.tasks_from, "--licence", header.licence]
+    words += [word for author in header.authors for word in ("--author", author)]
+    words += [word for pair in _assignments(header.settings) for word in ("--set", pair)]
+    return shlex.join([*words, "-o", str(path)])
+
+
+def _assignments(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings as the NAME=VALUE pairs of `--set`."""
+    pairs = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            pairs += _assignments(value, f"{prefix}{name}.")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            pairs.append(f"{prefix}{name}={text}")
+    return pairs

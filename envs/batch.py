@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 from gymnasium.utils import seeding
 
-from .locomotion import LocomotionEnv, State
+from .locomotion import LocomotionEnv, State, finite
 from .point_robot import PointRobotEnv, distance, move
 from .tasks import TaskFamily, TaskParameters
 
@@ -173,10 +173,10 @@ class BatchedLocomotion(BatchedEnvs):
         else:
             list(self._pool.map(self._advance, shares))
         after = self._gather(live)
-        velocity = (self._class.x_position(after) - before) / self._envs[0].dt
+        velocity = finite((self._class.x_position(after) - before) / self._envs[0].dt)
         task = {name: values[live] for name, values in self._parameters.items()}
-        rewards = self._class.reward(task, velocity, actions, after)
-        return self._class.observe(after), rewards, ~self._class.healthy(after), {"x_velocity": velocity}
+        rewards = finite(self._class.reward(task, velocity, actions, after))
+        return finite(self._class.observe(after)), rewards, ~self._class.healthy(after), {"x_velocity": velocity}
 
     def _advance(self, indices: np.ndarray) -> None:
         for index in indices:

@@ -15,8 +15,14 @@ from gymnasium.spaces import Box
 
 from .tasks import WALKER_FACTORS, TaskParameters
 
-# MuJoCo's own handler prints to the terminal and appends to MUJOCO_LOG.TXT in whatever folder the user is in
-mujoco.set_mju_user_warning(logging.getLogger("focal.mujoco").info)
+
+def _warn(message: str) -> None:
+    """Log MuJoCo's warnings; its own handler appends to MUJOCO_LOG.TXT in whatever folder the user is in."""
+    expected = "settotalmass" in message  # Gymnasium's half_cheetah.xml, at every loading
+    logging.getLogger("focal.mujoco").log(logging.DEBUG if expected else logging.WARNING, message)
+
+
+mujoco.set_mju_user_warning(_warn)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,11 @@ class State:
     qvel: np.ndarray  # (..., nv)
     torso: np.ndarray  # (..., 3) world position of the torso as MuJoCo leaves it after a step
     contact_forces: np.ndarray | None = None  # (..., nbody, 6), only for families that read them
+
+
+def finite(values: np.ndarray) -> np.ndarray:
+    """Return `values` with 0 where they are not finite, which a diverged simulation's last step may be."""
+    return np.where(np.isfinite(values), values, np.zeros_like(values))
 
 
 class LocomotionEnv(MujocoEnv):
@@ -68,13 +79,19 @@ class LocomotionEnv(MujocoEnv):
 
     @staticmethod
     def healthy(state: State) -> np.ndarray:
-        """Return False (...,) where the episode terminates. Half-Cheetah never does."""
-        return np.ones(state.qpos.shape[:-1], bool)
+        """Return False (...,) where the episode terminates: here, only where the simulation diverged."""
+        return np.isfinite(state.qpos).all(axis=-1) & np.isfinite(state.qvel).all(axis=-1)
 
     @staticmethod
     def x_position(state: State) -> np.ndarray:
         """Position (...,) whose change per step is the x velocity."""
         return state.qpos[..., 0]
+
+    def _initialize_simulation(self) -> tuple[Any, Any]:
+        model, data = super()._initialize_simulation()
+        # MuJoCo would answer a diverged simulation by silently putting the robot back at its start
+        model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
+        return model, data
 
     def draw_start(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw qpos and qvel of an episode's start: uniform +-0.1 and normal 0.1, as Gymnasium's v5 environments."""
@@ -98,14 +115,14 @@ class LocomotionEnv(MujocoEnv):
         before = self.x_position(self.read_state(self.data))
         self.do_simulation(action, self.frame_skip)
         after = self.read_state(self.data)
-        velocity = (self.x_position(after) - before) / self.dt
+        velocity = finite((self.x_position(after) - before) / self.dt)
         self._steps += 1
         terminated = not bool(self.healthy(after))
-        reward = float(self.reward(self.task, velocity, action, after))
+        reward = float(finite(self.reward(self.task, velocity, action, after)))
         if self.render_mode == "human":
             self.render()
         truncated = self._steps >= self.horizon and not terminated
-        return self.observe(after), reward, terminated, truncated, {"x_velocity": float(velocity)}
+        return finite(self.observe(after)), reward, terminated, truncated, {"x_velocity": float(velocity)}
 
 
 class HalfCheetahEnv(LocomotionEnv):
@@ -170,8 +187,7 @@ class AntFwdBackEnv(LocomotionEnv):
     @staticmethod
     def healthy(state: State) -> np.ndarray:
         """Return whether everything is finite and 0.2 <= z <= 1.0."""
-        finite = np.isfinite(state.qpos).all(axis=-1) & np.isfinite(state.qvel).all(axis=-1)
-        return finite & (state.qpos[..., 2] >= 0.2) & (state.qpos[..., 2] <= 1.0)
+        return LocomotionEnv.healthy(state) & (state.qpos[..., 2] >= 0.2) & (state.qpos[..., 2] <= 1.0)
 
     @staticmethod
     def x_position(state: State) -> np.ndarray:
@@ -223,7 +239,7 @@ class Walker2DParamsEnv(LocomotionEnv):
     def healthy(state: State) -> np.ndarray:
         """Return whether 0.8 < height < 2.0 and |torso angle| < 1 (rad)."""
         height, angle = state.qpos[..., 1], state.qpos[..., 2]
-        return (height > 0.8) & (height < 2.0) & (np.abs(angle) < 1.0)
+        return LocomotionEnv.healthy(state) & (height > 0.8) & (height < 2.0) & (np.abs(angle) < 1.0)
 
 
 def refresh_derived_constants(model: Any) -> None:

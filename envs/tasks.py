@@ -90,6 +90,11 @@ class TaskFamily:
         if source == "published":
             if self.published is None:
                 raise UsageError(f"the released task set of {self.name} is not recoverable; use --tasks-from seed")
+            if n != self.n_train + self.n_test:
+                raise UsageError(
+                    f"the released set of {self.name} has {self.n_train} training and {self.n_test} test tasks, found "
+                    f"{n_train} and {n_test}; use --tasks {self.n_train}/{self.n_test}, or --tasks-from seed"
+                )
             parameters = self.published(n)
         elif source == "seed":
             parameters = self.draw(stream(seed, TASK_STREAM), n)

@@ -30,6 +30,9 @@ def return_curve(path: Path, curves: Mapping[str, Mapping[int, Mapping[int, floa
             intervals = [seed_interval([curve[step] for curve in seeds.values()]) for step in steps]
             means = [interval.mean for interval in intervals]
             axes.plot(steps, means, color=colour, label=f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
+            if 1 < len(seeds) < 10:  # few enough to show each
+                for curve in seeds.values():
+                    axes.plot(steps, [curve[step] for step in steps], ".", color=colour, ms=3, alpha=0.6)
             if len(seeds) > 1:
                 low, high = [i.low for i in intervals], [i.high for i in intervals]
                 axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)  # type: ignore[arg-type]
@@ -42,17 +45,18 @@ def embeddings_by_task(
     path: Path, embeddings: np.ndarray, task_of: np.ndarray, names: Sequence[str], title: str, seed: int = 0
 ) -> None:
     """Draw embeddings (n, L) in the plane (t-SNE), coloured by task (n,) in the tasks' order along `names`."""
-    points = embeddings
-    if embeddings.shape[1] > 2:
+    points, axis = embeddings, "embedding"
+    if embeddings.shape[1] > 2 and len(embeddings) > 4:  # t-SNE needs neighbours
+        axis = "t-SNE"
         perplexity = min(30.0, (len(embeddings) - 1) / 3.0)
         points = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(embeddings)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
-        dots = axes.scatter(points[:, 0], points[:, 1], c=task_of, cmap="viridis", s=14, lw=0)
+        dots = axes.scatter(points[:, 0], points[:, -1], c=task_of, cmap="viridis", s=14, lw=0)
         bar = figure.colorbar(dots, ax=axes, label="test task, ordered")
         bar.set_ticks(range(len(names)) if len(names) <= 6 else [0, len(names) - 1])
         bar.set_ticklabels(list(names) if len(names) <= 6 else [names[0], names[-1]])
-        axes.set(xlabel="t-SNE 1", ylabel="t-SNE 2", title=title)
+        axes.set(xlabel=f"{axis} 1", ylabel=f"{axis} 2", title=title)
         _save(figure, path)
 
 

@@ -181,11 +181,15 @@ def meta_test(
 def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int, seed: int) -> dict[str, float]:
     """Test with right and wrong context only; what training logs while it runs."""
     count = len(tasks.entries)
-    envs = make_batch(tasks.family, [entry.record.params for entry in tasks.entries for _ in range(episodes)])
+    parameters = [entry.record.params for entry in tasks.entries for _ in range(episodes)]
+    envs = make_batch(tasks.family, parameters, threads=1)  # the other cores train the other seeds
     seeds = _episode_seeds(seed, count * episodes)
     own = np.repeat(np.arange(count), episodes)
+    sources = {"return": own}
+    if count > 1:
+        sources["wrong_context_return"] = (own + count // 2) % count
     metrics = {}
-    for name, source in (("return", own), ("wrong_context_return", (own + count // 2) % count)):
+    for name, source in sources.items():
         embeddings = embed_contexts(agent, tasks.contexts, source, context_size, seed)
         returns = _returns(play_agent(envs, agent, embeddings, seeds), count, episodes)
         metrics[f"test/{name}"] = float(returns.reported.mean())

@@ -1,11 +1,13 @@
 """What a user can do wrong: one clear line with the next command, exit code 1 or 2, never a traceback, nothing lost."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 from click.testing import CliRunner
 
+from focal import FocalError
 from focal.cli import main
 
 
@@ -134,7 +136,8 @@ def test_a_run_whose_data_changed(stores, tmp_path, make_collection):
     assert "to continue it, add --resume" in line
     shutil.rmtree(stores / "sparse-point-robot")
     make_collection(stores / "sparse-point-robot", seed=9)
-    assert "is not the data this run was trained on" in fails(1, "test", tmp_path / "runs" / "a")
+    line = fails(1, "test", tmp_path / "runs" / "a", "--stores", stores)
+    assert "is the data this run was trained on" in line
     assert "is of another run" in fails(1, *run, "--resume")
 
 
@@ -152,4 +155,30 @@ def test_a_damaged_checkpoint(stores, tmp_path):
     assert CliRunner().invoke(main, [str(argument) for argument in run]).exit_code == 0
     for file in (tmp_path / "runs" / "a").rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
-    assert "checkpoint" in fails(1, "test", tmp_path / "runs" / "a")
+    assert "checkpoint" in fails(1, "test", tmp_path / "runs" / "a", "--stores", stores)
+
+
+def test_a_half_trained_run_is_no_result(stores, tmp_path):
+    run = train(stores, "--data", "mixed", "--scale", "smoke", "--name", "a")
+    assert CliRunner().invoke(main, [str(argument) for argument in run]).exit_code == 0
+    newest = sorted((tmp_path / "runs" / "a" / "seed_0" / "checkpoints").iterdir())[-1]
+    shutil.rmtree(newest)
+    line = fails(1, "test", tmp_path / "runs" / "a", "--stores", stores)
+    assert "seed 0 is at step 80 of 100" in line
+    command = line.split("finish it: focal-cli ")[1]
+    assert CliRunner().invoke(main, shlex.split(command)).exit_code == 0, "the next command must work as printed"
+    assert newest.exists()
+
+
+def test_a_path_that_looks_like_markup(tmp_path, make_collection):
+    make_collection(tmp_path / "collection")
+    (tmp_path / "a[").mkdir()
+    (tmp_path / "collection").rename(tmp_path / "a[" / "b]c")
+    result = CliRunner().invoke(main, ["data", "show", str(tmp_path / "a[" / "b]c")])
+    assert result.exit_code == 0
+    assert "a[/b]c" in result.stdout.replace("\n", "")
+
+
+def test_debug_shows_the_traceback_wherever_it_stands():
+    for words in (["--debug", "data", "show", "nowhere"], ["data", "show", "nowhere", "--debug"]):
+        assert isinstance(CliRunner().invoke(main, words).exception, FocalError)

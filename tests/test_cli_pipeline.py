@@ -63,7 +63,8 @@ def test_generate_train_test(name, tmp_path):
     assert {picture.name for picture in (run / "figures").iterdir()} == {
         "return_curve.png", "embeddings.png", "data_by_quality.png",
     }  # fmt: skip
-    assert json.loads((run / "test.json").read_text())["summary"].keys() == result["summary"].keys()
+    (saved,) = (run / "tests").iterdir()
+    assert json.loads(saved.read_text())["summary"].keys() == result["summary"].keys()
     if family.fixed_tasks is None:
         trained = set(json.loads((run / "settings.json").read_text())["collection"]["task_indices"])
         assert not trained & set(seed["tasks"]), "a test task was trained on"

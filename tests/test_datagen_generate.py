@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
-from focal import FocalError
+from focal import FocalError, UsageError
 from focal.datagen import GenerateRequest, generate, generate_settings
 from focal.datagen.worker import best_checkpoint, run_task
 from focal.datasets import is_committed, open_collection, verify_collection
@@ -100,7 +102,7 @@ def test_killed_after_any_write_it_continues_to_the_same_content(collection, tmp
 
     stage_one = sys.modules["focal.datagen.generate"]  # the name of the module is also that of its function
 
-    def in_process(work, jobs, workers, on_report):
+    def in_process(work, jobs, workers, on_report, how_to_continue):
         for job in jobs.values():
             work(job, on_report)
         return {}
@@ -138,7 +140,7 @@ def test_killed_after_any_write_it_continues_to_the_same_content(collection, tmp
 def test_one_failing_task_spoils_no_other(tmp_path, monkeypatch):
     stage_one = sys.modules["focal.datagen.generate"]  # the name of the module is also that of its function
 
-    def in_process(work, jobs, workers, on_report):
+    def in_process(work, jobs, workers, on_report, how_to_continue):
         failures = {}
         for key, job in jobs.items():
             try:
@@ -183,3 +185,69 @@ def test_best_checkpoint_is_the_one_with_the_highest_mean(tmp_path, monkeypatch)
     monkeypatch.setattr(worker, "list_segments", lambda *args: list(returns))
     monkeypatch.setattr(worker, "read_segment", lambda c, i, step: SimpleNamespace(returns=np.array(returns[step])))
     assert best_checkpoint(SimpleNamespace(collection=tmp_path, index=0)) == 60
+
+
+def test_a_damaged_learner_file_says_what_to_delete_and_loses_no_episode(collection, tmp_path, monkeypatch):
+    wanted = request(tmp_path / "point")
+    stage_one = sys.modules["focal.datagen.generate"]
+    real = stage_one.run_jobs
+
+    def cut_short(work, jobs, workers, on_report, how_to_continue):
+        from focal.datagen import worker
+
+        saved = []
+
+        def report(task, what, amount):
+            if len(saved) > 2:
+                raise Killed
+            saved.append(what)
+
+        with pytest.raises(Killed):
+            worker.run_task(jobs[0], report)
+        return {0: FocalError("killed")}
+
+    monkeypatch.setattr(stage_one, "run_jobs", cut_short)
+    with pytest.raises(FocalError, match="killed"):
+        generate(wanted)
+    monkeypatch.setattr(stage_one, "run_jobs", real)
+    folder = wanted.path / "staging" / "learners" / "task_0000"
+    learner = folder / "learner.safetensors"
+    learner.write_bytes(learner.read_bytes()[:1000])
+    with pytest.raises(FocalError, match=rf"damaged .*type rm -r {folder}, then run the same command again"):
+        generate(wanted)
+    shutil.rmtree(folder)
+    assert generate(wanted).content_hash == collection.content_hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"episodes_per_checkpoint": 0}, "episodes_per_checkpoint=0, expected at least 1"),
+        ({"fresh_episodes": 1}, "fresh_episodes=1, expected at least 2"),
+        ({"sac.update_every": 3}, "sac.update_every=3, expected a divisor of the 23 steps between checkpoints"),
+        ({"sac.learning_rate": "nan"}, "sac.learning_rate='nan', expected a finite number"),
+        ({"checkpoints": 71}, "checkpoints=71, expected at most sac.total_steps=70"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_written(tmp_path, changes, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        generate(dataclasses.replace(request(tmp_path / "x"), settings=override(TINY, changes)))
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_that_finishes_a_collection_is_printed_whole(tmp_path):
+    from focal.datasets import begin_collection
+    from focal.datasets.opening import generate_command
+
+    header = dataclasses.replace(open_header(tmp_path), authors=("Ada Lovelace",))
+    begin_collection(tmp_path / "x", header)
+    command = generate_command(tmp_path / "x")
+    for part in ("--env sparse-point-robot", "--seed 4", "--author 'Ada Lovelace'", "--set sac.hidden_sizes=8,8",
+                 "--set n_train=2", "--set quality.expert_from=0.9"):  # fmt: skip
+        assert part in command
+
+
+def open_header(path):
+    stage_one = sys.modules["focal.datagen.generate"]
+    tasks = get_family("point").sample_tasks(2, 1, seed=4)
+    return stage_one._header(request(path / "x"), tasks)
