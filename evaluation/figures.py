@@ -75,8 +75,8 @@ def trajectories_by_quality(path: Path, panels: Mapping[str, Sequence[dict[str, 
             sharey=True,
             squeeze=False,
         )
+        goals = sorted({tuple(episode["goal"]) for episodes in panels.values() for episode in episodes})
         for axes, (quality, episodes) in zip(row[0], panels.items(), strict=True):
-            goals = sorted({tuple(episode["goal"]) for episode in episodes})
             for episode in episodes:
                 colour = COLOURS[goals.index(tuple(episode["goal"])) % len(COLOURS)]
                 axes.plot(*episode["positions"].T, color=colour, lw=0.9, alpha=0.7)
