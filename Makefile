@@ -33,9 +33,9 @@ $(READY): pyproject.toml constraints.txt
 setup: $(READY) ## Make the virtual environment with pinned versions
 
 quickstart: $(READY) ## The whole pipeline on sparse-point-robot: data, training, meta-test, pictures (about 10 minutes)
-	$(CLI) data generate --env point --tasks 20/5 -o $(STORES)/quickstart
-	$(CLI) train --collection $(STORES)/quickstart --data mixed --name quickstart --resume --runs $(RUNS)
-	$(CLI) test $(RUNS)/quickstart
+	$(CLI) data generate --env point --tasks 20/5 --stores quickstart/stores
+	$(CLI) train --env point --data mixed --set steps=5000 --name first --resume --stores quickstart/stores --runs quickstart/runs
+	$(CLI) test --stores quickstart/stores --runs quickstart/runs
 
 data: $(READY) ## Stage one: a SAC agent per task of ENV, rolled out into stores
 	$(CLI) data generate --env $(ENV) --scale $(SCALE) --stores $(STORES)
@@ -53,7 +53,7 @@ lint: $(READY) ## ruff
 # mypy cannot map the root folder to a package name, so it sees the root through a link called focal
 type: $(READY) ## mypy
 	@folder=$$(mktemp -d) && ln -s "$(CURDIR)" $$folder/focal && cd $$folder && \
-	  "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p focal; \
+	  "$(abspath $(BIN))/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p focal; \
 	  code=$$?; rm -r $$folder; exit $$code
 
 imports: $(READY) ## import-linter: which package may import which

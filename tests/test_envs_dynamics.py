@@ -150,6 +150,33 @@ def test_truncated_exactly_at_the_horizon(name):
         assert ends == [(False, False)] * (family.horizon - 1) + [(False, True)]
 
 
+def test_a_walker_that_stands_is_truncated_at_the_horizon():
+    env = make("walker").unwrapped
+    env.reset(seed=0)
+    env._steps = get_family("walker").horizon - 2
+    ends = [env.step(np.zeros(6, np.float32))[2:4] for _ in range(2)]
+    assert ends == [(False, False), (False, True)]
+
+
+@pytest.mark.parametrize("name", ["ant-dir", "walker", "cheetah-vel"])
+def test_a_diverged_simulation_terminates_with_finite_numbers(name):
+    """MuJoCo's automatic reset would put the robot back at its start and go on as if nothing had happened."""
+    family = get_family(name)
+    env = make(name).unwrapped
+    env.reset(seed=0)
+    env.data.qvel[3] = np.nan
+    observation, reward, terminated, truncated, info = env.step(np.zeros(family.act_dim, np.float32))
+    assert (terminated, truncated) == (True, False)
+    batch = make_batch(family, [env.task], threads=1)
+    batch.reset([0])
+    batch._data[0].qvel[3] = np.nan
+    result = batch.step(np.zeros((1, family.act_dim), np.float32))
+    assert result.terminated.all()
+    for values in (observation, reward, info["x_velocity"], result.observations, result.rewards):
+        assert np.isfinite(values).all()
+    assert (result.observations[0] == observation).all()
+
+
 def test_a_fall_at_the_horizon_is_terminated_not_truncated():
     family = get_family("walker")
     env = make("walker").unwrapped

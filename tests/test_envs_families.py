@@ -88,6 +88,10 @@ def test_half_way_round_the_ordered_list_is_a_far_task():
     order = family.ordered(tasks.test, [tasks.parameters[i] for i in tasks.test])
     angles = [math.atan2(*tasks.parameters[i]["goal"][::-1]) for i in order]
     assert angles == sorted(angles)
+    assert sorted(order) == list(tasks.test)
+    half = len(order) // 2
+    gaps = [abs(angles[k] - angles[(k + half) % len(order)]) for k in range(len(order))]
+    assert min(gaps) > math.pi / 6, "the wrong task's goal region must not overlap the right one's"
 
 
 def episodes(x_velocity, lengths, terminated, sparse=None):
