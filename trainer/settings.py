@@ -181,8 +181,8 @@ _LAPTOP_POINT: dict[str, Any] = {
     "critic_learning_rate": 1e-3, "actor_learning_rate": 1e-3, "checkpoint_every": 1000, "eval_every": 2000,
 }  # fmt: skip
 # alpha 500 and 1e6 of the paper belong to a divergence that the released penalty caps near 1 (D2) and to 1e6 steps.
-# Here, on expert data of half-cheetah-fwd-back, alpha 50 and 100 with the paper's learning rates stayed below 0.7 of the
-# expert for 5,000 steps, and 500 was lower still; with the rates below, 100 reached the expert at 6,000.
+# Here, on expert data of half-cheetah-fwd-back, alpha 50 and 100 with the learning rates of the paper stayed below 0.7
+# of the expert for 5,000 steps, and 500 was lower still; with the rates below, 100 reached the expert at 6,000.
 _LAPTOP_MUJOCO: dict[str, Any] = {
     "steps": 10_000, "context_size": 256, "batch_size": 128, "latent_dim": 5, "encoder_hidden": (128, 128),
     "control_hidden": (256, 256), "critic_learning_rate": 1e-3, "actor_learning_rate": 1e-3, "tau": 0.01,
