@@ -168,10 +168,11 @@ def test_interrupted_collection(tmp_path, make_collection):
     make_collection(walks, tasks=2, skills=(0.0, 1.0), commit=False, episodes=2)
     message = refused(lambda: open_collection(walks))
     assert "is an interrupted collection (dataset.json is missing)" in message
-    assert (
-        f"focal-cli data generate --env sparse-point-robot --scale smoke --seed 0 --tasks-from seed -o '{walks}'"
-        in message
+    command = message[message.index("focal-cli data generate") :]
+    assert command.startswith(
+        "focal-cli data generate --env sparse-point-robot --scale smoke --seed 0 --tasks-from seed"
     )
+    assert f"--author 'Ada Lovelace' --set episodes=2 --set skills=0.0,1.0 -o '{walks}'" in command
 
 
 def test_document_lost(path):
