@@ -116,16 +116,17 @@ def test_tasks_whose_expert_failed_are_left_out_of_the_score(make_collection, tm
 
 def test_same_seed_same_numbers_and_every_episode_its_own_context(tasks, result):
     again = meta_test(GoalReader(), Idle(), tasks, 32, EPISODES, 0)
-    assert (again.conditions[RIGHT].dense == result.conditions[RIGHT].dense).all()
-    assert (again.embeddings == result.embeddings).all()
+    # the oracle's least squares, not the protocol, differs in the last bit between calls
+    assert again.conditions[RIGHT].dense == pytest.approx(result.conditions[RIGHT].dense, rel=1e-5)
+    assert again.embeddings == pytest.approx(result.embeddings, rel=1e-5)
     other = embed_contexts(GoalReader(), tasks.contexts, np.zeros(2, int), 32, seed=1)
     assert (other[0] != other[1]).any()
 
 
 def test_quick_test_agrees_with_the_full_one(tasks, result):
     quick = quick_test(GoalReader(), tasks, 32, EPISODES, 0)
-    assert quick["test/return"] == result.mean(RIGHT)
-    assert quick["test/wrong_context_return"] == result.mean(WRONG)
+    assert quick["test/return"] == pytest.approx(result.mean(RIGHT), rel=1e-5)
+    assert quick["test/wrong_context_return"] == pytest.approx(result.mean(WRONG), abs=1e-5)
 
 
 def test_context_of_a_task_also_trained_on_is_held_out(make_collection, tmp_path):
