@@ -143,7 +143,7 @@ def collection_row(collection: Collection) -> dict[str, Any]:
     tasks = collection.tasks
     episodes = sum(entry.counts["mixed"].episodes for entry in tasks)
     return {
-        "path": str(collection.path),
+        "path": str(collection.source),
         "name": collection.name,
         "version": collection.version,
         "family": collection.family,

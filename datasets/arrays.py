@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import google_crc32c
 import numpy as np
@@ -22,7 +22,8 @@ from numcodecs import blosc
 
 from ..errors import FocalError
 from .episodes import Array
-from .storage import AGAIN, read_bytes, to_json, write_file
+from .sources import Source
+from .storage import AGAIN, to_json, write_file
 
 CHUNK_BYTES = 8 * 2**20
 """A chunk aims at this size: a usual task is one file per array, and a padded last chunk costs little."""
@@ -172,31 +173,41 @@ def check_chunk_files(where: str, layout: Layout, sizes: Mapping[str, int]) -> N
         raise _unsafe(where, "an extra file", repr(extra[0]), "only the declared chunks")
 
 
-def read_array(folder: Path, where: str, layout: Layout) -> Array:
-    """Decode a whole array whose metadata was checked. Raises `FocalError` naming the chunk that is damaged."""
-    values = np.empty(layout.shape, layout.dtype)
-    for start, data in zip(range(0, len(values), layout.chunk_rows), _chunks(folder, where, layout), strict=True):
-        rows = np.frombuffer(data, layout.dtype).reshape(layout.chunk_rows, *layout.shape[1:])
-        values[start : start + layout.chunk_rows] = rows[: len(values) - start]
+def read_array(source: Source, folder: str, where: str, layout: Layout, rows: Array | None = None) -> Array:
+    """Decode an array whose metadata was checked: all of it, or the rows where `rows` (n,) bool is True, in order.
+
+    Chunks without a wanted row are not read. Raises `FocalError` naming the chunk that is damaged.
+    """
+    count = layout.shape[0] if rows is None else int(np.count_nonzero(rows))
+    values = np.empty((count, *layout.shape[1:]), layout.dtype)
+    filled = 0
+    for number, name in enumerate(layout.chunk_files()):
+        start = number * layout.chunk_rows
+        wanted = None if rows is None else rows[start : start + layout.chunk_rows]
+        if wanted is not None and not wanted.any():
+            continue
+        data = _read_chunk(source, f"{folder}/{name}", where, number, layout)
+        chunk = np.frombuffer(data, layout.dtype).reshape(layout.chunk_rows, *layout.shape[1:])
+        kept = chunk[: layout.shape[0] - start] if wanted is None else chunk[: len(wanted)][wanted]
+        values[filled : filled + len(kept)] = kept
+        filled += len(kept)
     return values
 
 
-def _chunks(folder: Path, where: str, layout: Layout) -> Iterator[bytes]:
-    largest = layout.chunk_bytes + _BLOSC_HEADER + _CHECKSUM
-    for number, name in enumerate(layout.chunk_files()):
-        stored = read_bytes(folder / name, largest)
-        frame, checksum = stored[:-_CHECKSUM], stored[-_CHECKSUM:]
-        if google_crc32c.value(frame).to_bytes(_CHECKSUM, "little") != checksum:
-            raise damaged(where, number, "its crc32c does not match")
-        # The checksum only finds accidents. A hostile frame has a right one and claims to decode to gigabytes, so the
-        # sizes in its header are compared before the decoder sees it.
-        sizes = int.from_bytes(frame[4:8], "little"), int.from_bytes(frame[12:16], "little")
-        if len(frame) < _BLOSC_HEADER or sizes != (layout.chunk_bytes, len(frame)):
-            raise damaged(where, number, f"its blosc frame claims {sizes[0]} bytes, expected {layout.chunk_bytes}")
-        try:
-            yield blosc.decompress(frame)
-        except (RuntimeError, ValueError) as error:
-            raise damaged(where, number, "blosc cannot decode it") from error
+def _read_chunk(source: Source, name: str, where: str, number: int, layout: Layout) -> bytes:
+    stored = source.read(name, layout.chunk_bytes + _BLOSC_HEADER + _CHECKSUM)
+    frame, checksum = stored[:-_CHECKSUM], stored[-_CHECKSUM:]
+    if google_crc32c.value(frame).to_bytes(_CHECKSUM, "little") != checksum:
+        raise damaged(where, number, "its crc32c does not match")
+    # The checksum only finds accidents. A hostile frame has a right one and claims to decode to gigabytes, so the
+    # sizes in its header are compared before the decoder sees it.
+    sizes = int.from_bytes(frame[4:8], "little"), int.from_bytes(frame[12:16], "little")
+    if len(frame) < _BLOSC_HEADER or sizes != (layout.chunk_bytes, len(frame)):
+        raise damaged(where, number, f"its blosc frame claims {sizes[0]} bytes, expected {layout.chunk_bytes}")
+    try:
+        return cast(bytes, blosc.decompress(frame))
+    except (RuntimeError, ValueError) as error:
+        raise damaged(where, number, "blosc cannot decode it") from error
 
 
 def damaged(where: str, chunk: int, why: str) -> FocalError:

@@ -49,7 +49,7 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
         "Each task is one Zarr v3 group that any Zarr reader opens:",
         "",
         "    import zarr",
-        f"    zarr.open_group('tasks/{tasks[0].path.name}', mode='r')['observations'][:]",
+        f"    zarr.open_group('{tasks[0].folder}', mode='r')['observations'][:]",
         "",
         "Step t of episode e is row `offset[e] + e + t` of the observations, offset being the sum of the lengths "
         "before it; the next observation is the next row. With this project's software:",

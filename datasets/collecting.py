@@ -14,7 +14,6 @@ cost 40 times the fsyncs at every checkpoint.
 """
 
 import datetime
-import hashlib
 import io
 import re
 import shutil
@@ -45,9 +44,11 @@ from .opening import (
     is_committed,
     open_collection,
     quoted,
+    read_documents,
 )
 from .quality import QualityRule, label_episodes
 from .records import CollectionHeader, TaskRecord, differences
+from .sources import Folder, Source, sha256_of
 from .storage import (
     AGAIN,
     TEMPORARY,
@@ -55,7 +56,6 @@ from .storage import (
     list_files,
     make_folder,
     new_folder,
-    read_bytes,
     read_json,
     remove_temporaries,
     replace_file,
@@ -64,7 +64,7 @@ from .storage import (
     writing,
 )
 from .store import episode_arrays, episodes_of
-from .tasks import TaskEntry, store_path, task_name, write_task
+from .tasks import TaskEntry, store_folder, task_name, write_task
 
 _SEGMENT = re.compile(r"ckpt_(\d{9,})\.npz")
 
@@ -163,7 +163,7 @@ def _segment_path(collection: Path, task_index: int, sac_step: int) -> Path:
 
 def is_sealed(collection: Path, index: int) -> bool:
     """Whether the task's store is complete."""
-    return store_path(collection, index).is_dir()
+    return (collection / store_folder(index)).is_dir()
 
 
 def seal_task(collection: Path, record: TaskRecord, rule: QualityRule, seed: int) -> None:
@@ -186,7 +186,7 @@ def seal_task(collection: Path, record: TaskRecord, rule: QualityRule, seed: int
     references = record.references
     seeds = (seed, record.index)
     labelled = label_episodes(episodes, rule, references.random, references.expert, references.reached_expert, seeds)
-    final = store_path(collection, record.index)
+    final = collection / store_folder(record.index)
     make_folder(final.parent)
     remove_temporaries(final.parent, final.name)
     with new_folder(final) as folder:
@@ -230,7 +230,8 @@ def write_document(
     present = list_files(folder, skip=(STAGING, DOCUMENT, "README.md"))
     for name in present:
         check_allowed(folder, name)
-    tasks = inspect_tasks(folder, header.indices, present)
+    source = Folder(folder)
+    tasks = inspect_tasks(source, header.indices, present, read_documents(source, present))
     for entry in tasks:
         check_belongs(folder, header, entry.index, entry.record.family, entry.split)
     replace_file(folder / "README.md", dataset_card(header, tasks).encode(errors="replace"))
@@ -272,12 +273,12 @@ def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
             labelled = label_episodes(
                 episodes, rule, references.random, references.expert, references.reached_expert, entry.heldout_seeds
             )
-            store = store_path(folder, entry.index)
+            store = folder / store_folder(entry.index)
             store.mkdir(parents=True)
             write_task(store, entry.record, rule, entry.heldout_seeds, labelled)
         for name, (size, sha256) in source.files.items():
             if name.startswith("policies/"):
-                _copy_file(src / name, folder / name, size, sha256)
+                copy_file(source.source, name, folder / name, size, sha256)
         copies = write_document(folder, header, source.provenance, [*source.derived_from, origin])
         for entry, copy in zip(source.tasks, copies, strict=True):
             changed = {name for name, value in copy.content.items() if value != entry.content[name]}
@@ -288,8 +289,9 @@ def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
     return open_collection(dst)
 
 
-def _copy_file(source: Path, target: Path, size: int, sha256: str) -> None:
-    data = read_bytes(source, size)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise FocalError(f"{source} is damaged (sha256 differs from {DOCUMENT}); {AGAIN}")
+def copy_file(source: Source, name: str, target: Path, size: int, sha256: str) -> None:
+    """Copy a listed file, checking its hash on the way. Raises `FocalError` when it is damaged."""
+    data = source.read(name, size)
+    if sha256_of(data) != sha256:
+        raise FocalError(f"{source}/{name} is damaged (sha256 differs from {DOCUMENT}); {AGAIN}")
     write_file(target, data)

@@ -4,17 +4,18 @@
 nothing is cached, and held-out episodes are separated here and nowhere else.
 """
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-
-from ..errors import FocalError, UsageError, did_you_mean
-from .episodes import QUALITIES, Array, Episodes, Quality, Transitions
+from ..errors import FocalError
+from .episodes import QUALITIES, Array, Episodes, Transitions
 from .records import CollectionHeader
+from .selection import Selection, Subset, check_quality
+from .sources import Folder, Source
 from .tasks import TaskEntry
 
 
@@ -22,7 +23,8 @@ from .tasks import TaskEntry
 class Collection:
     """One family's stores, complete and never changed again."""
 
-    path: Path
+    source: Source
+    """Where its files are."""
     header: CollectionHeader
     content_hash: str
     """Hash over arrays, labels, parameters and split of every task; independent of codec and chunks."""
@@ -35,6 +37,13 @@ class Collection:
     """Name, version and content hash of every collection this one was made from."""
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict, repr=False)
     """Bytes and sha256 of every file but dataset.json."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder. Raises `FocalError` for one that is not on this machine."""
+        if not isinstance(self.source, Folder):
+            raise FocalError(f"{self.source} is not on this machine; fetch it: focal-cli bundle pull {self.source}")
+        return self.source.path
 
     @property
     def name(self) -> str:
@@ -92,8 +101,8 @@ class Collection:
             if entry.index == index:
                 return entry
         raise FocalError(
-            f"{self.path} has no task {index}, expected one of {ranges([entry.index for entry in self.tasks])}; "
-            f"see focal-cli data show {quoted(self.path)}"
+            f"{self.source} has no task {index}, expected one of {ranges([entry.index for entry in self.tasks])}; "
+            f"see focal-cli data show {quoted(self.source)}"
         )
 
     def train_tasks(self) -> tuple[TaskEntry, ...]:
@@ -108,9 +117,40 @@ class Collection:
         self, quality: str, entries: Sequence[TaskEntry]
     ) -> tuple[tuple[TaskEntry, ...], tuple[TaskEntry, ...]]:
         """Part `entries` into those that have episodes of `quality` and those that lack them."""
-        _check_quality(quality)
+        check_quality(quality)
         have = tuple(entry for entry in entries if entry.counts[quality].episodes)
         return have, tuple(entry for entry in entries if not entry.counts[quality].episodes)
+
+    def select(
+        self,
+        quality: str = "mixed",
+        *,
+        split: Literal["train", "test"] | None = None,
+        tasks: Sequence[int] | None = None,
+        heldout: bool | None = None,
+        returns: tuple[float, float] = (-math.inf, math.inf),
+        sac_steps: tuple[int, int] = (0, 2**62),
+    ) -> Subset:
+        """Choose episodes by task, split, quality, held-out mark, return and training step of their policy.
+
+        Only the episode tables are read. Ranges include both ends; `split` None and `tasks` None take every task.
+        Raises `FocalError` for a task that is not there or when nothing is left.
+        """
+        by_split = {None: self.tasks, "train": self.train_tasks(), "test": self.test_tasks()}
+        entries = by_split[split] if tasks is None else [self.task(index) for index in tasks]
+        if strange := [entry.index for entry in entries if entry not in by_split[split]]:
+            raise FocalError(
+                f"{self.source}: task {strange[0]} is no {split} task, expected one of "
+                f"{ranges([entry.index for entry in by_split[split]])}"
+            )
+        selection = Selection(quality, heldout, returns, sac_steps)
+        subset = selection.apply(entries)
+        if not subset.tables:
+            raise FocalError(
+                f"{self.source}: no episode is {selection}, there are {_levels(entries)}; "
+                f"see focal-cli data show {quoted(self.source)}"
+            )
+        return subset
 
     def load(self, index: int, quality: str = "mixed", heldout: bool | None = None) -> Episodes:
         """Load the episodes of one task into memory.
@@ -119,69 +159,54 @@ class Collection:
         is none, or when a chunk is damaged, naming task, array and chunk.
         """
         entry = self.task(index)
-        episodes = self._select(entry, quality, heldout)
-        if episodes is None:
+        subset = Selection(quality, heldout).apply([entry])
+        if not subset.tables:
             part = "" if heldout is None else " held-out" if heldout else " training"
             raise FocalError(
-                f"{self.path}: task {index} has no{part} '{quality}' episodes, it has {_levels([entry])}; "
-                f"see focal-cli data show {quoted(self.path)}"
+                f"{self.source}: task {index} has no{part} '{quality}' episodes, it has {_levels([entry])}; "
+                f"see focal-cli data show {quoted(self.source)}"
             )
-        return episodes
+        return subset.load(index)
 
     def load_training(
-        self, quality: str, tasks: Sequence[TaskEntry | int] | None = None
+        self, quality: str, tasks: Sequence[TaskEntry | int] | None = None, cache: Path | None = None
     ) -> list[tuple[TaskEntry, Transitions]]:
         """Load what training may see: training tasks (all, or `tasks`), never a held-out episode.
 
-        Tasks that lack the level are left out. Raises `FocalError` when every one does, or for a test task.
+        Tasks that lack the level are left out. With `cache`, a folder, the arrays are memory-mapped from there
+        (cache.py). Raises `FocalError` when every task lacks the level, or for a test task.
         """
-        _check_quality(quality)
+        check_quality(quality)
         entries = self.train_tasks() if tasks is None else [self.task(t) if isinstance(t, int) else t for t in tasks]
-        loaded = []
         for entry in entries:
             if entry.split == "test":
                 raise FocalError(
-                    f"{self.path}: task {entry.index} is a test task and never trained on, expected one of "
+                    f"{self.source}: task {entry.index} is a test task and never trained on, expected one of "
                     f"{ranges([task.index for task in self.train_tasks()])}"
                 )
-            if (episodes := self._select(entry, quality, heldout=False)) is not None:
-                loaded.append((entry, episodes.transitions()))
-        if not loaded:
+        subset = Selection(quality, heldout=False).apply(entries)
+        if not subset.tables:
             raise FocalError(
-                f"{self.path}: no training task has '{quality}' episodes, there are {_levels(entries)}; "
-                f"run focal-cli train --collection {quoted(self.path)} --data mixed"
+                f"{self.source}: no training task has '{quality}' episodes, there are {_levels(entries)}; "
+                f"run focal-cli train --collection {quoted(self.source)} --data mixed"
             )
-        return loaded
+        return [(entry, episodes.transitions()) for entry, episodes in subset.load_all(cache)]
 
     def load_context(self, quality: str, entries: Sequence[TaskEntry]) -> list[Transitions | None]:
         """Load what meta-testing may draw its context from, one item per entry, None where the level is missing.
 
         A task that was also trained on (split `both` or `train`) gives its held-out episodes only.
         """
-        contexts = [self._select(entry, quality, None if entry.split == "test" else True) for entry in entries]
-        return [None if episodes is None else episodes.transitions() for episodes in contexts]
+        contexts: list[Transitions | None] = []
+        for entry in entries:
+            subset = Selection(quality, heldout=None if entry.split == "test" else True).apply([entry])
+            contexts.append(subset.load(entry.index).transitions() if subset.tables else None)
+        return contexts
 
     def load_evaluation(self, index: int) -> tuple[Array, Array]:
         """Return the checkpoints of a task, sac_step (C,) i8, and all their returns (C, R) f8, padded with NaN."""
         store = self.task(index).store
         return store.read("evaluation/sac_step"), store.read("evaluation/returns")
-
-    def _select(self, entry: TaskEntry, quality: str, heldout: bool | None) -> Episodes | None:
-        _check_quality(quality)
-        if not entry.counts[quality].episodes:
-            return None
-        episodes = entry.store.read_episodes()
-        mask = np.ones(episodes.num_episodes, bool)
-        if quality != "mixed":
-            mask &= episodes.qualities == Quality[quality.upper()]
-        if heldout is not None:
-            mask &= episodes.heldout == int(heldout)
-        return episodes.select(mask) if mask.any() else None
-
-
-def _check_quality(quality: str) -> None:
-    if quality not in QUALITIES:
-        raise UsageError(f"quality '{quality}'; {did_you_mean(quality, QUALITIES)}")
 
 
 def _levels(entries: Sequence[TaskEntry]) -> str:
@@ -201,5 +226,5 @@ def ranges(indices: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def quoted(path: Path) -> str:
+def quoted(path: object) -> str:
     return shlex.quote(str(path))

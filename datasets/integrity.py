@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import FocalError
+from .collection import Collection
 from .opening import open_collection
 from .quality import label_episodes
-from .storage import AGAIN, file_hash
+from .storage import AGAIN
 from .store import array_hash, episodes_of, evaluation_arrays
 from .tasks import TaskEntry, count_levels, with_mixed
 
@@ -30,20 +31,21 @@ class VerifyReport:
     transitions: int
 
 
-def verify_collection(path: Path | str, progress: Progress | None = None) -> VerifyReport:
-    """Verify every byte of a collection. Raises `FocalError` naming the first file, array or chunk that is wrong.
+def verify_collection(path: Path | str | Collection, progress: Progress | None = None) -> VerifyReport:
+    """Verify every byte of a collection, given by its folder, its URL, or opened.
+
+    Raises `FocalError` naming the first file, array or chunk that is wrong.
 
     `progress(done, total)` is called with bytes after every file and every task; each byte counts twice, once for its
     checksum and once for its content.
     """
-    collection = open_collection(path)
+    collection = path if isinstance(path, Collection) else open_collection(path)
+    source = collection.source
     total = sum(size for size, _ in collection.files.values())
     done = 0
     for name, (size, sha256) in collection.files.items():
-        if file_hash(collection.path / name) != sha256:
-            raise FocalError(
-                f"{collection.path}: {_describe(name)} is damaged (sha256 differs from dataset.json); {AGAIN}"
-            )
+        if source.sha256(name) != sha256:
+            raise FocalError(f"{source}: {_describe(name)} is damaged (sha256 differs from dataset.json); {AGAIN}")
         done += size
         if progress:
             progress(done, 2 * total)
@@ -52,8 +54,7 @@ def verify_collection(path: Path | str, progress: Progress | None = None) -> Ver
         _verify_task(entry)
         episodes += entry.store.sizes.episodes
         transitions += entry.store.sizes.steps
-        prefix = entry.path.relative_to(collection.path).as_posix() + "/"
-        done += sum(size for name, (size, _) in collection.files.items() if name.startswith(prefix))
+        done += sum(size for name, (size, _) in collection.files.items() if name.startswith(f"{entry.folder}/"))
         if progress:
             progress(done, 2 * total)
     if progress:

@@ -8,10 +8,9 @@
 Only metadata are read: some milliseconds per task. `verify_collection` (integrity.py) reads the rest.
 """
 
-import hashlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,16 @@ from typing import Any
 from ..errors import FocalError
 from .collection import Collection, quoted, ranges
 from .records import CollectionHeader, Reader, Split
-from .storage import AGAIN, canonical_json, list_files, read_bytes, read_json
+from .sources import Folder, Source, sha256_of
+from .storage import AGAIN, MAX_JSON_BYTES, canonical_json, parse_json, read_json
 from .store import MAX_ATTRIBUTE_BYTES, check_format
-from .tasks import TaskEntry, inspect_task, task_name
+from .tasks import TaskEntry, inspect_task, store_folder
 
 COLLECTION_FORMAT = "focal-collection/1"
 DOCUMENT = "dataset.json"
 STAGING = "staging"
+PAYLOAD = "data"
+"""Where the collection is inside a bundle."""
 HEADER = "header.json"
 
 _ALLOWED = re.compile(
@@ -38,21 +40,30 @@ _ALLOWED = re.compile(
 def open_collection(path: Path | str) -> Collection:
     """Open a committed collection after checking its structure (see the module docstring).
 
-    Raises `FocalError` for one that is interrupted, of another format, damaged or hostile.
+    `path` is its folder, or the s3:// (or other) URL of a bundle that was pushed. Raises `FocalError` for one that is
+    interrupted, of another format, damaged or hostile.
     """
-    path = Path(path)
-    if not (path / DOCUMENT).is_file():
-        raise _not_a_collection(path)
-    document = read_json(path / DOCUMENT)
-    where = str(path / DOCUMENT)
+    if "://" in str(path):
+        from .remote import open_remote  # an optional dependency
+
+        return open_source(open_remote(str(path), PAYLOAD))
+    folder = Folder(Path(path))
+    if not folder.exists(DOCUMENT):
+        raise _not_a_collection(folder.path)
+    return open_source(folder)
+
+
+def open_source(source: Source) -> Collection:
+    """Open the collection whose files `source` holds; see `open_collection`."""
+    where = f"{source}/{DOCUMENT}"
+    document = parse_json(source.read(DOCUMENT, MAX_JSON_BYTES), where)
     check_format(document, COLLECTION_FORMAT, where)
     if document.get("document_hash") != document_hash(document):
         raise FocalError(f"{where} was changed after it was written (its document_hash differs); {AGAIN}")
     header = CollectionHeader.from_json(document, where)
     files = _listed_files(document, where)
-    present = list_files(path, skip=(STAGING,))
-    _check_files(path, files, present)
-    tasks = tuple(_open_tasks(path, header, files))
+    _check_files(source, files, source.sizes(skip=(STAGING,)))
+    tasks = tuple(_open_tasks(source, header, files))
     read = Reader(document, where)
     listed = read.items("tasks", dict)
     if len(listed) != len(tasks):
@@ -60,13 +71,13 @@ def open_collection(path: Path | str) -> Collection:
     for entry, expected in zip(tasks, listed, strict=True):
         if describe_task(entry) != expected:
             raise FocalError(
-                f"{path}: task {entry.index} is not the one {DOCUMENT} lists (its parameters, split, counts or content "
-                f"hashes differ); {AGAIN}"
+                f"{source}: task {entry.index} is not the one {DOCUMENT} lists (its parameters, split, counts or "
+                f"content hashes differ); {AGAIN}"
             )
     if (content := collection_hash(tasks)) != read.text("content_hash"):
-        raise FocalError(f"{path}: the content hash in {DOCUMENT} is not that of its tasks; {AGAIN}")
+        raise FocalError(f"{source}: the content hash in {DOCUMENT} is not that of its tasks; {AGAIN}")
     return Collection(
-        path=path,
+        source=source,
         header=header,
         content_hash=content,
         tasks=tasks,
@@ -92,14 +103,12 @@ def is_committed(collection: Path | str) -> bool:
 
 def document_hash(document: Mapping[str, Any]) -> str:
     """Hash of everything dataset.json says, but this hash: finds a changed digit in the settings, too."""
-    return hashlib.sha256(
-        canonical_json({key: value for key, value in document.items() if key != "document_hash"})
-    ).hexdigest()
+    return sha256_of(canonical_json({key: value for key, value in document.items() if key != "document_hash"}))
 
 
 def collection_hash(tasks: Sequence[TaskEntry]) -> str:
     """The content hash: over the content hash of every task, by index."""
-    return hashlib.sha256(canonical_json([[entry.index, entry.content_hash] for entry in tasks])).hexdigest()
+    return sha256_of(canonical_json([[entry.index, entry.content_hash] for entry in tasks]))
 
 
 def describe_task(entry: TaskEntry) -> dict[str, Any]:
@@ -108,17 +117,23 @@ def describe_task(entry: TaskEntry) -> dict[str, Any]:
     return {"index": entry.index, "split": entry.split, **counts, "content_hash": entry.content_hash}
 
 
-def inspect_tasks(path: Path, indices: Sequence[int], files: Mapping[str, int]) -> list[TaskEntry]:
-    """Check the structure of every sealed task; `files` maps the collection's files to bytes."""
-    stores: dict[str, dict[str, int]] = {task_name(index): {} for index in indices}
+def inspect_tasks(
+    source: Source, indices: Sequence[int], files: Mapping[str, int], documents: Mapping[str, bytes]
+) -> list[TaskEntry]:
+    """Check the structure of every sealed task.
+
+    `files` maps the collection's files to bytes, `documents` every `zarr.json` to its content.
+    """
+    stores: dict[str, tuple[dict[str, int], dict[str, bytes]]] = {store_folder(index): ({}, {}) for index in indices}
     for name, size in files.items():
-        parts = name.split("/", 2)
-        if parts[0] == "tasks":
-            task = parts[1].removesuffix(".zarr")
-            if task not in stores:
-                raise FocalError(f"{path}: {name!r} belongs to no task of this collection; {AGAIN}")
-            stores[task][parts[2]] = size
-    entries = [inspect_task(path, index, stores[task_name(index)]) for index in indices]
+        if name.startswith("tasks/"):
+            folder, inside = "/".join(name.split("/", 2)[:2]), name.split("/", 2)[-1]
+            if folder not in stores:
+                raise FocalError(f"{source}: {name!r} belongs to no task of this collection; {AGAIN}")
+            stores[folder][0][inside] = size
+            if name in documents:
+                stores[folder][1][inside] = documents[name]
+    entries = [inspect_task(source, index, *stores[store_folder(index)]) for index in indices]
     for entry in entries[1:]:
         sizes, first = entry.store.sizes, entries[0].store.sizes
         widths, expected = (
@@ -127,42 +142,46 @@ def inspect_tasks(path: Path, indices: Sequence[int], files: Mapping[str, int]) 
         )
         if widths != expected:
             raise FocalError(
-                f"{path}: task {entry.index} has observation width, action width and infos {widths}, "
+                f"{source}: task {entry.index} has observation width, action width and infos {widths}, "
                 f"expected {expected} as in task {entries[0].index}; {AGAIN}"
             )
     return entries
 
 
-def check_allowed(path: Path, name: str) -> None:
+def read_documents(source: Source, names: Iterable[str]) -> dict[str, bytes]:
+    """Read every `zarr.json` among `names`."""
+    return dict(source.read_many([name for name in names if name.endswith("/zarr.json")], MAX_ATTRIBUTE_BYTES))
+
+
+def check_allowed(where: object, name: str) -> None:
     """Refuse a file no collection has: the list holds nothing that could be executed or unpickled."""
     if not _ALLOWED.fullmatch(name):
         raise FocalError(
-            f"{path}: unexpected file {name!r}, expected only tasks/, policies/ (safetensors, json) and README.md; "
+            f"{where}: unexpected file {name!r}, expected only tasks/, policies/ (safetensors, json) and README.md; "
             "delete it and run the same command again"
         )
 
 
-def _open_tasks(path: Path, header: CollectionHeader, files: Mapping[str, tuple[int, str]]) -> list[TaskEntry]:
-    for name, (_, sha256) in files.items():
-        if name.endswith("/zarr.json"):
-            found = hashlib.sha256(read_bytes(path / name, MAX_ATTRIBUTE_BYTES)).hexdigest()
-            if found != sha256:
-                raise FocalError(
-                    f"{path}: {name} was changed after the collection was written (sha256 differs); {AGAIN}"
-                )
-    entries = inspect_tasks(path, header.indices, {name: size for name, (size, _) in files.items()})
+def _open_tasks(source: Source, header: CollectionHeader, files: Mapping[str, tuple[int, str]]) -> list[TaskEntry]:
+    documents = read_documents(source, files)
+    for name, data in documents.items():
+        if sha256_of(data) != files[name][1]:
+            raise FocalError(f"{source}: {name} was changed after the collection was written (sha256 differs); {AGAIN}")
+    entries = inspect_tasks(source, header.indices, {name: size for name, (size, _) in files.items()}, documents)
     for entry in entries:
-        check_belongs(path, header, entry.index, entry.record.family, entry.split)
+        check_belongs(source, header, entry.index, entry.record.family, entry.split)
     return entries
 
 
-def check_belongs(path: Path, header: CollectionHeader, index: int, family: str, split: Split) -> None:
+def check_belongs(source: object, header: CollectionHeader, index: int, family: str, split: Split) -> None:
     """Check that a task has the family and split the collection gives it."""
     if index not in header.indices:
-        raise FocalError(f"{path}: task {index} is not among the collection's tasks {ranges(header.indices)}; {AGAIN}")
+        raise FocalError(
+            f"{source}: task {index} is not among the collection's tasks {ranges(header.indices)}; {AGAIN}"
+        )
     if (family, split) != (header.family, header.split_of(index)):
         raise FocalError(
-            f"{path}: task {index} is a {split} task of {family}, expected a {header.split_of(index)} task of "
+            f"{source}: task {index} is a {split} task of {family}, expected a {header.split_of(index)} task of "
             f"{header.family}; {AGAIN}"
         )
 
@@ -175,18 +194,18 @@ def _listed_files(document: Mapping[str, Any], where: str) -> dict[str, tuple[in
     return files
 
 
-def _check_files(path: Path, listed: Mapping[str, tuple[int, str]], present: Mapping[str, int]) -> None:
+def _check_files(source: object, listed: Mapping[str, tuple[int, str]], present: Mapping[str, int]) -> None:
     """Compare the files that are there with those dataset.json lists: names and sizes."""
     for name in sorted({*listed, *present} - {DOCUMENT}):
         if name not in present:
-            raise FocalError(f"{path}: {name!r} is missing, dataset.json lists it; {AGAIN}")
+            raise FocalError(f"{source}: {name!r} is missing, dataset.json lists it; {AGAIN}")
         if name not in listed:
-            raise FocalError(f"{path}: extra file {name!r}, dataset.json does not list it; delete it")
+            raise FocalError(f"{source}: extra file {name!r}, dataset.json does not list it; delete it")
         if present[name] != listed[name][0]:
             raise FocalError(
-                f"{path}: {name!r} has {present[name]} bytes, dataset.json lists {listed[name][0]}; {AGAIN}"
+                f"{source}: {name!r} has {present[name]} bytes, dataset.json lists {listed[name][0]}; {AGAIN}"
             )
-        check_allowed(path, name)
+        check_allowed(source, name)
 
 
 def _not_a_collection(path: Path) -> FocalError:

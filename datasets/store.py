@@ -13,7 +13,7 @@ refused before a chunk is decoded.
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from ..errors import FocalError
 from .arrays import CHUNK_BYTES, MAX_METADATA_BYTES, Layout, check_chunk_files, check_metadata, read_array, write_array
 from .episodes import PER_EPISODE, Array, Episodes
 from .records import Reader
-from .storage import AGAIN, parse_json, read_bytes, read_json, to_json, write_file
+from .sources import Source
+from .storage import AGAIN, parse_json, to_json, write_file
 
 TASK_FORMAT = "focal-task/1"
 
@@ -63,7 +64,9 @@ class Sizes:
 class Store:
     """A store whose structure was checked; its chunks were not read."""
 
-    path: Path
+    source: Source = field(repr=False)
+    folder: str
+    """Where it is in `source`, for example `tasks/task_0003.zarr`."""
     where: str
     """What error messages call it, for example `task 3`."""
     attributes: Mapping[str, Any]
@@ -71,14 +74,40 @@ class Store:
     layouts: Mapping[str, Layout]
     """Every array by name."""
 
-    def read(self, name: str) -> Array:
-        """Decode one array. Raises `FocalError` naming store, array and chunk when a chunk is damaged."""
-        return read_array(self.path / name, f"{self.where}, array {name}", self.layouts[name])
+    def read(self, name: str, rows: Array | None = None) -> Array:
+        """Decode one array, or only its rows where `rows` is True; see `arrays.read_array`."""
+        where = f"{self.where}, array {name}"
+        return read_array(self.source, f"{self.folder}/{name}", where, self.layouts[name], rows)
 
-    def read_episodes(self) -> Episodes:
-        """Decode and validate all episodes."""
-        names = [name for name in self.layouts if not name.startswith("evaluation/")]
-        episodes = episodes_of({name: self.read(name) for name in names})
+    def read_table(self) -> dict[str, Array]:
+        """Decode the (E,) arrays by their name in `Episodes`; the lengths are checked. Reads no transition."""
+        table = {name: self.read(stored) for name, stored in _STORED_NAMES.items()}
+        lengths = table["lengths"]
+        if lengths.min() < 1 or lengths.sum(dtype=np.int64) != self.sizes.steps:
+            raise FocalError(
+                f"{self.where}: episodes/length has {lengths.min()} as its least and {lengths.sum(dtype=np.int64)} as "
+                f"its sum, expected at least 1 and {self.sizes.steps}; {AGAIN}"
+            )
+        return table
+
+    def read_episodes(self, mask: Array | None = None, table: Mapping[str, Array] | None = None) -> Episodes:
+        """Decode and validate the episodes where `mask` (E,) bool is True, or all; `table` saves reading it again.
+
+        Chunks that hold none of their rows are not read.
+        """
+        table = self.read_table() if table is None else table
+        if mask is not None and mask.all():
+            mask = None
+        lengths = table["lengths"]
+        steps = None if mask is None else np.repeat(mask, lengths)
+        rows = None if mask is None else np.repeat(mask, lengths + 1)
+        episodes = Episodes(
+            observations=self.read("observations", rows),
+            actions=self.read("actions", steps),
+            rewards=self.read("rewards", steps),
+            infos={name: self.read(f"infos/{name}", steps) for name in self.attributes["infos"]},
+            **{name: table[name] if mask is None else table[name][mask] for name in _STORED_NAMES},
+        )
         episodes.validate(self.where)
         return episodes
 
@@ -148,15 +177,17 @@ def write_store(
     write_file(folder / "zarr.json", to_json(metadata))
 
 
-def inspect_store(path: Path, where: str, files: Mapping[str, int]) -> Store:
+def inspect_store(
+    source: Source, folder: str, where: str, files: Mapping[str, int], documents: Mapping[str, bytes]
+) -> Store:
     """Check a store's structure: format, declared sizes, every array's metadata, every chunk file present, none extra.
 
-    `files` maps the paths inside the store to bytes, from `storage.list_files`. Reads metadata only. Raises
-    `FocalError` saying what was found and expected.
+    `files` maps the paths inside the store to bytes, and `documents` every `zarr.json` among them to its content; no
+    other file is read. Raises `FocalError` saying what was found and expected.
     """
     if "zarr.json" not in files:
-        raise FocalError(f"{where}: {path}/zarr.json is missing; {AGAIN}")
-    metadata = parse_json(read_bytes(path / "zarr.json", MAX_ATTRIBUTE_BYTES), path / "zarr.json")
+        raise FocalError(f"{where}: {folder}/zarr.json is missing; {AGAIN}")
+    metadata = parse_json(documents["zarr.json"], f"{folder}/zarr.json")
     attributes = Reader(Reader(metadata, where).mapping("attributes"), where).mapping("focal")
     check_format(attributes, TASK_FORMAT, where)
     sizes, infos = _declared(attributes, where)
@@ -173,14 +204,17 @@ def inspect_store(path: Path, where: str, files: Mapping[str, int]) -> Store:
     for name, (shape, dtype) in expected.items():
         if "zarr.json" not in below[name]:
             raise FocalError(f"{where}: array {name} is missing; {AGAIN}")
-        members[name] = read_json(path / name / "zarr.json", MAX_METADATA_BYTES)
+        members[name] = _member(documents, f"{name}/zarr.json", where)
         layouts[name] = check_metadata(members[name], f"{where}, array {name}", shape, dtype)
         check_chunk_files(f"{where}, array {name}", layouts[name], below[name])
-    _check_groups(path, where, metadata, groups, members)
+    for name in groups:
+        if name not in documents or _member(documents, name, where) != _group_metadata({}):
+            raise FocalError(f"{where}: {name} is not a plain Zarr v3 group; {AGAIN}")
+    _check_group(where, metadata, members)
     decoded, stored = sum(layout.row_bytes * layout.shape[0] for layout in layouts.values()), sum(files.values())
     if decoded > max(BOMB_BYTES, BOMB_RATIO * stored):
         raise FocalError(f"{where}: its {stored} bytes claim to decode to {decoded}, expected real data; {AGAIN}")
-    return Store(path, where, attributes, sizes, layouts)
+    return Store(source, folder, where, attributes, sizes, layouts)
 
 
 def expected_arrays(sizes: Sizes, infos: list[str]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -250,13 +284,14 @@ def _consolidated(members: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "inline", "must_understand": False, "metadata": {**groups, **members}}
 
 
-def _check_groups(
-    path: Path, where: str, metadata: Mapping[str, Any], groups: list[str], members: Mapping[str, Any]
-) -> None:
+def _member(documents: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
+    if len(documents[name]) > MAX_METADATA_BYTES:
+        raise FocalError(f"{where}: {name} is larger than the {MAX_METADATA_BYTES} bytes allowed there; {AGAIN}")
+    return parse_json(documents[name], f"{where}: {name}")
+
+
+def _check_group(where: str, metadata: Mapping[str, Any], members: Mapping[str, Any]) -> None:
     """Refuse group metadata that would show another reader other arrays than the ones checked here."""
-    for name in groups:
-        if read_json(path / name, MAX_METADATA_BYTES) != _group_metadata({}):
-            raise FocalError(f"{where}: {name} is not a plain Zarr v3 group; {AGAIN}")
     if metadata.get("zarr_format") != 3 or metadata.get("node_type") != "group":
         raise FocalError(f"{where}: zarr.json is not a Zarr v3 group; {AGAIN}")
     if metadata.get("consolidated_metadata", _consolidated(members)) != _consolidated(members):

@@ -21,6 +21,7 @@ from ..errors import FocalError
 from .episodes import Array, Episodes, Quality
 from .quality import QualityRule
 from .records import Reader, Split, TaskRecord, rule_from_json
+from .sources import Source
 from .storage import AGAIN, canonical_json
 from .store import Store, array_hash, episode_arrays, evaluation_arrays, inspect_store, write_store
 
@@ -41,12 +42,16 @@ class TaskEntry:
     record: TaskRecord
     counts: Mapping[str, Count]
     """Per quality name (random, medium, expert, mixed), held-out episodes included."""
-    path: Path
     rule: QualityRule
     heldout_seeds: tuple[int, ...]
     content: Mapping[str, str] = field(repr=False)
     """Content hash per array."""
     store: Store = field(repr=False)
+
+    @property
+    def folder(self) -> str:
+        """Where its store is in the collection, for example `tasks/task_0003.zarr`."""
+        return self.store.folder
 
     @property
     def split(self) -> Split:
@@ -65,9 +70,9 @@ def task_name(index: int) -> str:
     return f"task_{index:04d}"
 
 
-def store_path(collection: Path, index: int) -> Path:
-    """Where the sealed store of a task is."""
-    return collection / "tasks" / f"{task_name(index)}.zarr"
+def store_folder(index: int) -> str:
+    """Where the sealed store of a task is in its collection."""
+    return f"tasks/{task_name(index)}.zarr"
 
 
 def write_task(
@@ -89,10 +94,10 @@ def write_task(
     write_store(folder, episodes, attributes, **codec)
 
 
-def inspect_task(collection: Path, index: int, files: Mapping[str, int]) -> TaskEntry:
-    """Check a sealed store's structure and attributes without reading its chunks; `files` as for `inspect_store`."""
-    path, where = store_path(collection, index), f"{collection}: task {index}"
-    store = inspect_store(path, where, files)
+def inspect_task(source: Source, index: int, files: Mapping[str, int], documents: Mapping[str, bytes]) -> TaskEntry:
+    """Check a sealed store's structure and attributes without reading its chunks; arguments as for `inspect_store`."""
+    where = f"{source}: task {index}"
+    store = inspect_store(source, store_folder(index), where, files, documents)
     read = Reader(store.attributes, where)
     record = TaskRecord.from_json(read.mapping("task"), where)
     if record.index != index:
@@ -108,7 +113,6 @@ def inspect_task(collection: Path, index: int, files: Mapping[str, int]) -> Task
         index=index,
         record=record,
         counts=_counts(read.mapping("counts"), store, where),
-        path=path,
         rule=rule_from_json(quality.mapping("rule"), where),
         heldout_seeds=seeds,
         content=content,

@@ -127,8 +127,8 @@ def select_test_tasks(collection: Collection, quality: str) -> TestTasks:
     have = [(entry, data) for entry, data in zip(entries, found, strict=True) if data is not None]
     if not have:
         raise FocalError(
-            f"no test task of {collection.path} has {quality} data; "
-            f"see what there is: focal-cli data show {collection.path}"
+            f"no test task of {collection.source} has {quality} data; "
+            f"see what there is: focal-cli data show {collection.source}"
         )
     kept = tuple(entry for entry, _ in have)
     skipped = tuple(entry.index for entry, data in zip(entries, found, strict=True) if data is None)

@@ -30,9 +30,10 @@ from focal.datasets import (
 )
 from focal.datasets.arrays import Layout, array_metadata, read_array, write_array
 from focal.datasets.episodes import PER_EPISODE
+from focal.datasets.sources import Folder
 from focal.datasets.storage import list_files
 from focal.datasets.store import _STORED_NAMES, episode_arrays
-from focal.datasets.tasks import inspect_task, store_path, write_task
+from focal.datasets.tasks import inspect_task, store_folder, write_task
 from focal.errors import FocalError, UsageError
 
 RULE = QualityRule()
@@ -174,7 +175,8 @@ def test_evaluation_keeps_every_return(collection):
 def test_plain_zarr_opens_a_store(collection):
     entry = collection.task(0)
     loaded = episode_arrays(collection.load(0))
-    groups: list[Any] = [zarr.open_group(entry.path, mode="r"), zarr.open_consolidated(entry.path, zarr_format=3)]
+    path = collection.path / entry.folder
+    groups: list[Any] = [zarr.open_group(path, mode="r"), zarr.open_consolidated(path, zarr_format=3)]
     for group in groups:
         for name, values in loaded.items():
             assert group[name][...].tobytes() == values.tobytes(), name
@@ -198,17 +200,21 @@ def test_arrays_are_what_zarr_writes_and_reads(tmp_path, dtype, shape):
     assert metadata == json.loads((tmp_path / "theirs" / "zarr.json").read_text())
     assert metadata == array_metadata(Layout(shape, values.dtype, 2))
     assert np.array_equal(zarr.open_array(tmp_path / "ours", mode="r")[...], values)
-    assert read_array(tmp_path / "theirs", "theirs", Layout(shape, values.dtype, 2)).tobytes() == values.tobytes()
+    assert (
+        read_array(Folder(tmp_path), "theirs", "theirs", Layout(shape, values.dtype, 2)).tobytes() == values.tobytes()
+    )
 
 
 def test_content_hash_ignores_codec_and_chunks_but_no_digit(tmp_path, make_episodes, make_record, collection):
     episodes, entry = collection.load(0), collection.task(0)
 
     def written(name, record=entry.record, **codec):
-        folder = store_path(tmp_path / name, 0)
+        folder = tmp_path / name / store_folder(0)
         folder.mkdir(parents=True)
         write_task(folder, record, entry.rule, entry.heldout_seeds, episodes, **codec)
-        return inspect_task(tmp_path / name, 0, list_files(folder))
+        files, source = list_files(folder), Folder(tmp_path / name)
+        documents = {file: (folder / file).read_bytes() for file in files if file.endswith("zarr.json")}
+        return inspect_task(source, 0, files, documents)
 
     other = written("other", chunk_bytes=100, compressor="lz4")
     assert other.store.layouts["rewards"].num_chunks > 10
@@ -384,10 +390,10 @@ def test_a_sealed_task_is_never_touched(begun, make_episodes, make_record):
     write_segment(path, 0, 0, make_episodes((1, 0), 0.5, 3))
     record = make_record(0, "train", (1, 0), header.family)
     seal_task(path, record, RULE, 0)
-    before = {name: (store_path(path, 0) / name).stat().st_mtime_ns for name in list_files(store_path(path, 0))}
+    before = {name: (path / store_folder(0) / name).stat().st_mtime_ns for name in list_files(path / store_folder(0))}
     write_segment(path, 0, 100, make_episodes((1, 0), 0.5, 3, sac_step=100))
     seal_task(path, record, RULE, 0)
-    assert before == {name: (store_path(path, 0) / name).stat().st_mtime_ns for name in before}
+    assert before == {name: (path / store_folder(0) / name).stat().st_mtime_ns for name in before}
 
 
 def test_find_collections(tmp_path, collection):

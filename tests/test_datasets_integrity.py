@@ -350,8 +350,8 @@ def test_a_lying_frame_with_right_sizes_is_refused_by_the_decoder(path):
 @pytest.mark.parametrize(
     ("name", "index", "value", "message"),
     [
-        ("episodes/length", 0, 10**6, "lengths has 1000220 steps, expected 240"),
-        ("episodes/length", 0, -5, "lengths has -5 steps in an episode"),
+        ("episodes/length", 0, 10**6, "1000220 as its sum, expected at least 1 and 240"),
+        ("episodes/length", 0, -5, "episodes/length has -5 as its least"),
         ("episodes/end", 3, 9, "ends has 9"),
         ("rewards", 5, np.nan, "rewards has a value that is not finite"),
     ],

@@ -1,0 +1,126 @@
+"""Choosing episodes by what the episode tables say of them, before a transition is read.
+
+chosen = collection.select("expert", split="train", returns=(1000, math.inf))
+chosen.counts                                     {3: Count(episodes=12, steps=2400), ...}   tables only
+for entry, episodes in chosen.load_all(): ...     reads the chunks that hold their rows, no others
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import FocalError, UsageError, did_you_mean
+from .cache import load_cached
+from .episodes import QUALITIES, Array, Episodes, Quality
+from .tasks import Count, TaskEntry
+
+_AHEAD = 2 * (os.cpu_count() or 1)  # tasks decoded ahead of the one in use: bounds the memory above what is kept
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Conditions on episodes; all hold together."""
+
+    quality: str = "mixed"
+    heldout: bool | None = None
+    """None both, False the part training may see, True the held-out part."""
+    returns: tuple[float, float] = (-math.inf, math.inf)
+    """Least and greatest undiscounted dense return, both included."""
+    sac_steps: tuple[int, int] = (0, 2**62)
+    """First and last training step of the policy that collected them, both included."""
+
+    def __post_init__(self) -> None:
+        check_quality(self.quality)
+        for name, (low, high) in (("returns", self.returns), ("sac_steps", self.sac_steps)):
+            if not low <= high:
+                raise UsageError(f"{name} are {low} to {high}, expected the lower end first")
+
+    def __str__(self) -> str:
+        words = [f"'{self.quality}'"]
+        if self.heldout is not None:
+            words.append("held-out" if self.heldout else "not held out")
+        words += [
+            f"with {name} from {low:g} to {high:g}"
+            for name, (low, high) in (("return", self.returns), ("SAC step", self.sac_steps))
+            if (low, high) not in ((-math.inf, math.inf), (0, 2**62))
+        ]
+        return ", ".join(words)
+
+    def mask(self, table: Mapping[str, Array]) -> Array:
+        """Return (E,) bool for an episode table."""
+        mask = (table["returns"] >= self.returns[0]) & (table["returns"] <= self.returns[1])
+        mask &= (table["sac_steps"] >= self.sac_steps[0]) & (table["sac_steps"] <= self.sac_steps[1])
+        if self.quality != "mixed":
+            mask &= table["qualities"] == Quality[self.quality.upper()]
+        if self.heldout is not None:
+            mask &= table["heldout"] == int(self.heldout)
+        return mask
+
+    def apply(self, entries: Sequence[TaskEntry]) -> "Subset":
+        """Read the episode tables of `entries` and keep the tasks that have such episodes."""
+        have = [entry for entry in entries if entry.counts[self.quality].episodes]
+        tables = {entry.index: entry.store.read_table() for entry in have}
+        masks = {index: self.mask(table) for index, table in tables.items()}
+        kept = tuple(entry for entry in have if masks[entry.index].any())
+        return Subset(
+            self,
+            kept,
+            {entry.index: tables[entry.index] for entry in kept},
+            {entry.index: masks[entry.index] for entry in kept},
+        )
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Chosen episodes of some tasks, not loaded yet."""
+
+    selection: Selection
+    tasks: tuple[TaskEntry, ...]
+    """Tasks with at least one chosen episode."""
+    tables: Mapping[int, Mapping[str, Array]]
+    """Per task index, the (E,) arrays of all its episodes by their name in `Episodes`,"""
+    masks: Mapping[int, Array]
+    """and which of them are chosen, (E,) bool."""
+
+    @property
+    def counts(self) -> dict[int, Count]:
+        """Chosen episodes and steps per task index."""
+        return {
+            index: Count(int(mask.sum()), int(self.tables[index]["lengths"][mask].sum(dtype=np.int64)))
+            for index, mask in self.masks.items()
+        }
+
+    def load(self, index: int) -> Episodes:
+        """Load the chosen episodes of one task. Raises `FocalError` for a task without, and for damaged chunks."""
+        for entry in self.tasks:
+            if entry.index == index:
+                return entry.store.read_episodes(self.masks[index], self.tables[index])
+        raise FocalError(f"task {index} has no such episodes, expected one of {[entry.index for entry in self.tasks]}")
+
+    def load_all(self, cache: Path | None = None) -> Iterator[tuple[TaskEntry, Episodes]]:
+        """Load every task in turn, a few side by side; memory-mapped from the folder `cache` if one is given."""
+
+        def load(entry: TaskEntry) -> Episodes:
+            if cache is None:
+                return self.load(entry.index)
+            return load_cached(cache, entry, self.selection, lambda: self.load(entry.index))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            waiting = [(entry, pool.submit(load, entry)) for entry in self.tasks[:_AHEAD]]
+            later = iter(self.tasks[_AHEAD:])
+            while waiting:
+                entry, future = waiting.pop(0)
+                yield entry, future.result()
+                if (following := next(later, None)) is not None:
+                    waiting.append((following, pool.submit(load, following)))
+
+
+def check_quality(quality: str) -> None:
+    """Raise `UsageError` naming the nearest quality."""
+    if quality not in QUALITIES:
+        raise UsageError(f"quality '{quality}'; {did_you_mean(quality, QUALITIES)}")

@@ -1,0 +1,74 @@
+"""Where a collection's files are. Everything that reads one goes through a `Source`, so a folder, a bundle file and
+an object store are opened, checked and loaded by the same code.
+
+    Folder      a folder on this machine                                      here
+    Archive     the payload inside a bundle file, read in place               archive.py
+    Remote      a folder on s3:// or another object store                     remote.py
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from .storage import file_hash, list_files, read_bytes
+
+
+class Source(Protocol):
+    """A tree of plain files, named by POSIX paths relative to its root. `str()` is what error messages call it."""
+
+    def sizes(self, skip: tuple[str, ...] = ()) -> dict[str, int]:
+        """Map every file to its size in bytes, sorted; `skip` names top entries. Raises `FocalError` for a link."""
+        ...
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Read a whole file of at most `limit` bytes. Raises `FocalError` when it is missing or larger."""
+        ...
+
+    def read_many(self, names: Iterable[str], limit: int) -> Iterator[tuple[str, bytes]]:
+        """Read several small files, side by side where that is faster, in the order given."""
+        ...
+
+    def sha256(self, name: str) -> str:
+        """sha256 of a file of any size, in hexadecimal."""
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a plain file of that name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on this machine; never followed out of through a symbolic link."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def sizes(self, skip: tuple[str, ...] = ()) -> dict[str, int]:
+        """See `Source`."""
+        return list_files(self.path, skip)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """See `Source`."""
+        return read_bytes(self.path / name, limit)
+
+    def read_many(self, names: Iterable[str], limit: int) -> Iterator[tuple[str, bytes]]:
+        """See `Source`."""
+        return ((name, self.read(name, limit)) for name in names)
+
+    def sha256(self, name: str) -> str:
+        """See `Source`."""
+        return file_hash(self.path / name)
+
+    def exists(self, name: str) -> bool:
+        """See `Source`."""
+        return (self.path / name).is_file()
+
+
+def sha256_of(data: bytes) -> str:
+    """sha256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
