@@ -138,11 +138,9 @@ class Collection:
         """
         by_split = {None: self.tasks, "train": self.train_tasks(), "test": self.test_tasks()}
         entries = by_split[split] if tasks is None else [self.task(index) for index in tasks]
-        if strange := [entry.index for entry in entries if entry not in by_split[split]]:
-            raise FocalError(
-                f"{self.source}: task {strange[0]} is no {split} task, expected one of "
-                f"{ranges([entry.index for entry in by_split[split]])}"
-            )
+        allowed = [entry.index for entry in by_split[split]]
+        if strange := [entry.index for entry in entries if entry.index not in allowed]:
+            raise FocalError(f"{self.source}: task {strange[0]} is no {split} task, expected one of {ranges(allowed)}")
         selection = Selection(quality, heldout, returns, sac_steps)
         subset = selection.apply(entries)
         if not subset.tables:
