@@ -1,5 +1,6 @@
 """docs/format.md says enough: its own reader, run without this package, reads and checks a collection."""
 
+import json
 import re
 import subprocess
 import sys
