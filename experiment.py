@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .datasets import Collection, find_collections, open_collection
 from .envs import get_family
 from .errors import DiskFullError, FocalError, UsageError
@@ -32,7 +34,7 @@ from .trainer.agent import Agent
 from .trainer.checkpoint import list_checkpoints
 from .trainer.loop import train
 from .trainer.replay import TrainingData
-from .trainer.runs import Run, RunSource, load_agent, load_untrained_agent, read_run, seed_folder
+from .trainer.runs import Run, RunSource, describe_run, load_agent, load_untrained_agent, read_run, seed_folder
 from .trainer.settings import TrainSettings, train_settings
 from .workers import available_cores, run_jobs
 
@@ -53,6 +55,7 @@ class TrainRequest:
     resume: bool = False
     workers: int = 0  # 0: as many as there are cores
     cache: Path | None = None  # folder for memory-mapped copies of the chosen episodes
+    device: str = "auto"  # auto (cuda where there is one), cpu or cuda
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class SeedJob:
     source: RunSource
     resume: bool
     cache: Path | None
+    device: str
 
 
 class TrainProgress:
@@ -152,19 +156,19 @@ def newest_run(runs: Path) -> Path:
 def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> Path:
     """Train all seeds of a run side by side and return its folder.
 
-    Raises `FocalError` for missing data, a folder of another run, or the first seed that failed; what the others
-    did is kept, and --resume continues.
+    Raises `UsageError` for a device that is not there, `FocalError` for missing data, a folder of another run, or the
+    first seed that failed; what the others did is kept, and --resume continues.
     """
     progress = progress or TrainProgress()
     collection = open_collection(request.collection)
     run_dir = _run_folder(request, collection)
     settings, seeds = _settings_and_seeds(request, collection, run_dir)
-    settings.check()
-    training_data(collection, request.quality)  # fails here, before any process starts
+    device = choose_device(request.device)
     source = RunSource(collection.name, str(request.collection.resolve()), request.quality, seeds, provenance())
+    describe_run(training_data(collection, request.quality), settings, source)  # fails here, before any process starts
     jobs = {
         seed: SeedJob(
-            run_dir, request.collection, request.quality, settings, seed, source, request.resume, request.cache
+            run_dir, request.collection, request.quality, settings, seed, source, request.resume, request.cache, device
         )
         for seed in seeds
     }
@@ -179,6 +183,13 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
             raise error
         raise FocalError(f"seed {seed} failed: {type(error).__name__}: {error}; steps are kept, {again}") from error
     return run_dir
+
+
+def choose_device(name: str) -> str:
+    """Return "cpu" or "cuda"; "auto" is cuda where there is one. Raises `UsageError` when cuda is asked for in vain."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda, but torch finds no CUDA device here; --device cpu")
+    return "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
 
 
 def resume_command(run_dir: Path, source: RunSource) -> str:
@@ -204,7 +215,9 @@ def train_seed(job: SeedJob, report: Any) -> None:
             last[0] = now
             report(job.seed, step, dict(metrics))
 
-    train(job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source)
+    train(
+        job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source, job.device
+    )
 
 
 def _test_tasks_or_none(collection: Collection, quality: str) -> TestTasks | None:
