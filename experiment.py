@@ -33,9 +33,10 @@ from .settings import override, parse_assignments
 from .trainer.agent import Agent
 from .trainer.checkpoint import list_checkpoints
 from .trainer.loop import train
+from .trainer.methods import train_settings
 from .trainer.replay import TrainingData
 from .trainer.runs import Run, RunSource, describe_run, load_agent, load_untrained_agent, read_run, seed_folder
-from .trainer.settings import TrainSettings, train_settings
+from .trainer.settings import TrainSettings
 from .workers import available_cores, run_jobs
 
 QUICK_EPISODES, QUICK_SEED = 2, 1_000_003  # of the meta-tests during training; another seed than `focal-cli test`'s

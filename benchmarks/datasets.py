@@ -42,8 +42,8 @@ from focal.datasets import (
 )
 from focal.datasets.opening import open_source
 from focal.datasets.sources import Folder
+from focal.trainer.methods import train_settings
 from focal.trainer.replay import TaskReplay
-from focal.trainer.settings import train_settings
 from focal.trainer.transform import fit_transform
 
 OBS, ACT, HORIZON, CHECKPOINTS = 20, 6, 1000, 10

@@ -13,7 +13,7 @@ from focal.trainer.diagnostics import (
     value_bound,
     value_drift,
 )
-from focal.trainer.settings import TrainSettings
+from focal.trainer.settings import FocalSettings
 
 
 def test_esr_counts_pairs_beyond_two_thirds_per_dimension():
@@ -62,7 +62,7 @@ def test_separation_is_the_mean_square_difference_per_dimension():
     ],
 )
 def test_values_are_bounded_by_100_times_the_largest_return(changes: dict, bound: float):
-    settings = override(TrainSettings(), {"discount": 0.9, "reward_scale": 5} | changes)
+    settings = override(FocalSettings(), {"discount": 0.9, "reward_scale": 5} | changes)
     assert value_bound(settings, largest_reward=3.0) == pytest.approx(bound)
 
 

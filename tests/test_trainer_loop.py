@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from focal import FocalError, UsageError
-from focal.trainer import loop
 from focal.trainer.agent import Agent
 from focal.trainer.checkpoint import list_checkpoints
 from focal.trainer.diagnostics import embedding_metrics
@@ -22,6 +21,7 @@ from focal.trainer.journal import WALL_CLOCK, read_rows
 from focal.trainer.loop import RunSource, load_agent, train
 from focal.trainer.replay import TaskReplay
 from focal.trainer.runs import load_untrained_agent, read_run
+from focal.trainer.training import only_process
 
 from .trainer_toys import (
     TINY,
@@ -220,7 +220,7 @@ def test_a_run_folder_refuses_another_run(whole: Path):
 def test_one_process_trains_a_seed(tmp_path: Path):
     run = tmp_path / "run"
     train(run, walk_data(), TINY, 0)
-    with loop._only_process(run / "seed_0"), pytest.raises(FocalError, match="another process"):
+    with only_process(run / "seed_0"), pytest.raises(FocalError, match="another process"):
         train(run, walk_data(), TINY, 0, resume=True)
 
 
@@ -289,7 +289,7 @@ def test_weights_that_are_not_finite_are_never_checkpointed(tmp_path: Path, monk
 
     def poisoned(self: Focal, *arguments: object) -> dict:
         metrics = update(self, *arguments)
-        self.critic.first.body[0].bias.data[0] = float("nan")  # after the metrics of the step were fine
+        self.control.critic.first.body[0].bias.data[0] = float("nan")  # after the metrics of the step were fine
         return metrics
 
     monkeypatch.setattr(Focal, "update", poisoned)

@@ -4,7 +4,8 @@ import pytest
 
 from focal import UsageError
 from focal.settings import from_dict, override, to_dict
-from focal.trainer.settings import SCALES, TrainSettings, differences, train_settings
+from focal.trainer.methods import train_settings
+from focal.trainer.settings import SCALES, FocalSettings, differences
 
 FAMILIES = [
     "sparse-point-robot", "point-robot-wind", "half-cheetah-vel", "half-cheetah-fwd-back", "ant-fwd-back",
@@ -17,7 +18,7 @@ FAMILIES = [
 def test_every_family_and_scale_resolves_and_survives_json(family: str, scale: str):
     settings = train_settings(family, scale)
     settings.check()
-    assert from_dict(TrainSettings, to_dict(settings)) == settings
+    assert from_dict(FocalSettings, to_dict(settings)) == settings
 
 
 def test_paper_values_of_the_tables():
@@ -67,7 +68,7 @@ def test_joint_ignores_encoder_steps():
 )
 def test_wrong_settings_are_refused_at_once(changes: dict, message: str):
     with pytest.raises(UsageError, match=message):
-        override(TrainSettings(), changes)
+        override(FocalSettings(), changes)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_wrong_settings_are_refused_at_once(changes: dict, message: str):
 )
 def test_settings_wrong_together_are_refused_by_check(changes: dict, message: str):
     with pytest.raises(UsageError, match=message):
-        override(TrainSettings(), changes).check()
+        override(FocalSettings(), changes).check()
 
 
 def test_unknown_family_and_scale_name_the_nearest():
@@ -91,5 +92,5 @@ def test_unknown_family_and_scale_name_the_nearest():
 
 
 def test_differences_are_dotted():
-    ours, theirs = to_dict(TrainSettings()), to_dict(override(TrainSettings(), {"distance.beta": 2, "steps": 1}))
+    ours, theirs = to_dict(FocalSettings()), to_dict(override(FocalSettings(), {"distance.beta": 2, "steps": 1}))
     assert differences(ours, theirs) == ["distance.beta", "steps"]

@@ -10,10 +10,11 @@ from torch import Tensor
 from focal import UsageError
 from focal.settings import override
 from focal.trainer.agent import augment
-from focal.trainer.focal import Focal, actor_loss, critic_loss, critic_targets, encoder_loss
+from focal.trainer.control import actor_loss, critic_loss, critic_targets
+from focal.trainer.focal import Focal, encoder_loss
 from focal.trainer.networks import StateActionNet
 from focal.trainer.replay import MetaBatch, TaskReplay, sample_meta_batch
-from focal.trainer.settings import TrainSettings
+from focal.trainer.settings import FocalSettings
 from focal.trainer.transform import ObservationTransform
 
 from .test_trainer_focal import certain_policy, constant_critic, generator, linear, targets_of
@@ -23,7 +24,7 @@ RAW = ObservationTransform(2, (0, 1), (1.0, 1.0))
 STEPS = {"encoder": True, "control": True}
 
 
-def trained(settings: TrainSettings, steps: int = 1, **phase: bool) -> tuple[Focal, MetaBatch, dict[str, Tensor]]:
+def trained(settings: FocalSettings, steps: int = 1, **phase: bool) -> tuple[Focal, MetaBatch, dict[str, Tensor]]:
     """A method after `steps` updates, its last batch and metrics; batches and draws depend on the settings alone."""
     replay = TaskReplay(walk_data().tasks, RAW, settings)
     focal, batches, draws = Focal(settings, RAW, 2, generator()), generator(1), generator(2)
@@ -53,7 +54,7 @@ def test_every_variant_trains_every_network_without_nan(name: str):
 # Gradients
 
 
-def bellman_gradients(settings: TrainSettings) -> list[Tensor]:
+def bellman_gradients(settings: FocalSettings) -> list[Tensor]:
     """The gradient of the first critic loss in the encoder's weights, through one graph from context to loss."""
     replay = TaskReplay(walk_data().tasks, RAW, settings)
     focal = Focal(settings, RAW, 2, generator())
@@ -62,10 +63,10 @@ def bellman_gradients(settings: TrainSettings) -> list[Tensor]:
     embeddings = encoder(batch.contexts[0])
     states, next_states = (augment(rows, embeddings) for rows in (data.observations, data.next_observations))
     targets, _ = critic_targets(
-        focal.agent.policy, focal.target_critic, None, data, states, next_states, settings, focal.alpha,
+        focal.agent.policy, focal.control.target_critic, None, data, states, next_states, settings, focal.control.alpha,
         torch.tensor(1.0), generator(2),
     )  # fmt: skip
-    loss, _ = critic_loss(focal.critic, states, data.actions, targets)
+    loss, _ = critic_loss(focal.control.critic, states, data.actions, targets)
     return list(torch.autograd.grad(loss, list(encoder.parameters())))
 
 
@@ -261,7 +262,7 @@ def test_control_sees_the_posterior_spread_where_the_encoder_is_frozen():
     first, _ = focal.agent.encoder.infer(batch.contexts[0], generator(7))
     second, _ = focal.agent.encoder.infer(batch.contexts[0], generator(8))
     assert not torch.equal(first, second)
-    assert torch.equal(focal.embed(batch.contexts[0]), focal.embed(batch.contexts[0]))
+    assert torch.equal(focal.agent.embed(batch.contexts[0]), focal.agent.embed(batch.contexts[0]))
 
 
 # Precision

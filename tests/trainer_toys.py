@@ -8,12 +8,12 @@ from focal.datasets import Transitions
 from focal.settings import override
 from focal.trainer.agent import Agent
 from focal.trainer.replay import TrainingData
-from focal.trainer.settings import TrainSettings
+from focal.trainer.settings import FocalSettings
 
 HORIZON, STEP = 4, 0.25
 
 TINY = override(
-    TrainSettings(),
+    FocalSettings(),
     {
         "steps": 30, "latent_dim": 3, "meta_batch": 3, "context_size": 16, "batch_size": 8, "encoder_hidden": (16, 16),
         "control_hidden": (16, 16), "log_every": 4, "checkpoint_every": 10, "eval_every": 15, "reward_scale": 1.0,
@@ -72,7 +72,7 @@ def two_episodes() -> Transitions:
     )
 
 
-def with_settings(**changes: object) -> TrainSettings:
+def with_settings(**changes: object) -> FocalSettings:
     """TINY with dotted names written with double underscores."""
     return override(TINY, {name.replace("__", "."): value for name, value in changes.items()})
 
@@ -83,7 +83,7 @@ def shifted(task: Transitions, by: float) -> Transitions:
     return dataclasses.replace(task, **moved)
 
 
-def resume_settings() -> TrainSettings:
+def resume_settings() -> FocalSettings:
     """Both phases, everything learnt, and intervals that do not divide one another."""
     return with_settings(
         schedule="encoder-first",
@@ -136,7 +136,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-def variant(name: str) -> TrainSettings:
+def variant(name: str) -> FocalSettings:
     """TINY with the differences of `VARIANTS[name]`, checked."""
     settings = override(TINY, VARIANTS[name])
     settings.check()

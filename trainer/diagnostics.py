@@ -63,15 +63,12 @@ def embedding_metrics(embeddings: Tensor) -> dict[str, float]:
 def value_bound(settings: TrainSettings, largest_reward: float) -> float:
     """Return the action value beyond which a run has diverged: `value_limit`, or 100 times what is possible.
 
-    Possible is the return of the `largest_reward` (absolute, unscaled) at every step, with a unit of divergence and one
-    nat of entropy: (reward_scale |r| + alpha + w) / (1 - discount), alpha with the value penalty only.
+    Possible is what the settings' `largest_step` says that the `largest_reward` (absolute, unscaled) can add at a step,
+    at every step: / (1 - discount).
     """
     if settings.value_limit is not None:
         return settings.value_limit
-    rule = settings.regularisation
-    penalty = (rule.alpha_max if rule.adaptive else rule.alpha) if rule.kind == "value-penalty" else 0.0
-    step = settings.reward_scale * largest_reward + penalty + settings.entropy.weight
-    return 100.0 * step / max(1.0 - settings.discount, 1e-3)
+    return 100.0 * settings.largest_step(largest_reward) / max(1.0 - settings.discount, 1e-3)
 
 
 def value_drift(metrics: Mapping[str, float], step: int, before: Mapping[str, object]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Metrics = dict[str, Tensor]
+from .optimisers import Metrics
 
 PAPER_BETAS = {-2: 1.0, -1: 2.0, 1: 8.0, 2: 16.0}  # by power (Table 5b): about equal terms at a distance of 0.5
 _SMALLEST_SQUARE = 1e-12  # keeps the gradient of the root finite (and 0) for identical embeddings

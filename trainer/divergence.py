@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .distance import Metrics
 from .networks import StateActionNet
+from .optimisers import Metrics
 
 Divergence = Literal["kl", "wasserstein"]
 

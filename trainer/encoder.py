@@ -27,6 +27,7 @@ class DeterministicEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.network = MLP(context_dim, hidden, latent_dim, generator)
+        self.latent_dim = latent_dim
 
     def forward(self, context: Tensor) -> Tensor:
         """Map context (..., N, context_dim) to task embeddings (..., L)."""
@@ -37,13 +38,18 @@ class DeterministicEncoder(nn.Module):
         embeddings = self(context)
         return embeddings, embeddings.new_zeros(embeddings.shape[:-1])
 
+    def prior(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return the embeddings (count, L) of tasks of which nothing is known: 0, as in the released code."""
+        return torch.zeros(count, self.latent_dim, device=generator.device)
+
 
 class ProbabilisticEncoder(nn.Module):
     """q(z | c) = product over the context's transitions of N(mean, variance), each from tanh(MLP) and softplus(MLP).
 
-    The posterior of PEARL (arXiv 1903.08254, section 4.1). Means are bounded by tanh as the deterministic embeddings
-    are, so that both variants live in the same space. Departure: the released code puts tanh on the variance's output
-    too, which confines each variance to [0.31, 1.31] (reference-facts 5.1).
+    The posterior of PEARL (arXiv 1903.08254, section 4.1). `bounded` means go through tanh as the deterministic
+    embeddings do, so that both variants live in the same space; Contextual BCQ and MBML leave them unbounded.
+    Departure: the released code puts tanh on the variance's output too, which confines each variance to [0.31, 1.31]
+    (reference-facts 5.1).
     """
 
     def __init__(
@@ -53,34 +59,51 @@ class ProbabilisticEncoder(nn.Module):
         latent_dim: int,
         prior_std: float,
         generator: torch.Generator | None = None,
+        bounded: bool = True,
     ) -> None:
         super().__init__()
         self.network = MLP(context_dim, hidden, 2 * latent_dim, generator)
-        self.prior_std = prior_std
+        self.latent_dim, self.prior_std, self.bounded = latent_dim, prior_std, bounded
+
+    def factors(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of every transition's Gaussian, each (..., N, L)."""
+        mean, spread = self.network(context).chunk(2, dim=-1)
+        return torch.tanh(mean) if self.bounded else mean, softplus(spread)
 
     def posterior(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and variance of z, each (..., L), for context (..., N, context_dim)."""
-        mean, spread = self.network(context).chunk(2, dim=-1)
-        return product_of_gaussians(torch.tanh(mean), softplus(spread))
+        return product_of_gaussians(*self.factors(context))
 
     def forward(self, context: Tensor) -> Tensor:
-        """Map context (..., N, context_dim) to the posterior's means (..., L), in (-1, 1)^L."""
+        """Map context (..., N, context_dim) to the posterior's means (..., L), in (-1, 1)^L where `bounded`."""
         return self.posterior(context)[0]
 
     def infer(self, context: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return reparameterised samples (..., L) of the posterior and its KL from N(0, prior_std^2), (...,)."""
         mean, variance = self.posterior(context)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return mean + variance.sqrt() * noise, gaussian_kl(mean, variance, self.prior_std)
+        return sample_gaussian(mean, variance, generator), gaussian_kl(mean, variance, self.prior_std)
+
+    def prior(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the embeddings (count, L) of tasks of which nothing is known."""
+        return self.prior_std * torch.randn(count, self.latent_dim, generator=generator, device=generator.device)
 
 
-def product_of_gaussians(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+def sample_gaussian(mean: Tensor, variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a reparameterised sample of N(mean, variance), shaped like both."""
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + variance.sqrt() * noise
+
+
+def product_of_gaussians(means: Tensor, variances: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return mean and variance, each (..., L), of the normalised product of N Gaussians (..., N, L).
 
-    1 / variance = sum of 1 / variances, mean = variance * sum of means / variances.
+    1 / variance = sum of 1 / variances, mean = variance * sum of means / variances, over the N where the bool `mask`
+    (..., N) is True. Over none of them it is N(0, 1e7), which has no meaning but finite gradients.
     """
     precisions = 1.0 / variances.clamp_min(_SMALLEST_VARIANCE)
-    variance = 1.0 / precisions.sum(dim=-2)
+    if mask is not None:
+        precisions = precisions * mask.unsqueeze(-1)
+    variance = 1.0 / precisions.sum(dim=-2).clamp_min(_SMALLEST_VARIANCE)
     return variance * (means * precisions).sum(dim=-2), variance
 
 

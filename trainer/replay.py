@@ -19,7 +19,7 @@ from torch import Tensor
 from ..datasets import Transitions
 from ..errors import FocalError
 from .encoder import build_context
-from .settings import TrainSettings
+from .settings import FocalSettings, TrainSettings
 from .transform import ObservationTransform, fit_transform
 
 
@@ -103,7 +103,7 @@ class TaskReplay:
         self.rewards = self._move(np.concatenate([task.rewards for task in tasks]))  # (T,)
         terminated = np.concatenate([task.terminated for task in tasks])
         next_action_valid = np.concatenate([task.next_action_valid for task in tasks])
-        if settings.released.limits_terminate:  # D6
+        if settings.limits_terminate:  # D6
             terminated = terminated | ~next_action_valid
         self.terminated = self._move(terminated)  # (T,) bool
         self.next_action_valid = self._move(next_action_valid)  # (T,) bool
@@ -152,20 +152,24 @@ class TaskReplay:
         following = self.observations[rows + 1] if self.next_observation_in_context else None
         return build_context(self.observations[rows], self.actions[steps], self.context_rewards[steps], following)
 
+    def steps_at(self, tasks: Tensor, uniform: Tensor) -> Tensor:
+        """Turn numbers from [0, 1), (..., K, B), into transitions of `tasks` (K,), counted over all tasks."""
+        counts = self.counts[tasks].unsqueeze(-1)
+        return self.first[tasks].unsqueeze(-1) + torch.minimum((uniform * counts).long(), counts - 1)
+
     def _sample_steps(self, tasks: Tensor, size: int, generator: torch.Generator) -> Tensor:
         # float64: float32 has too few values to reach every one of a few million transitions
         uniform = torch.rand((len(tasks), size), generator=generator, device=self.device, dtype=torch.float64)
-        counts = self.counts[tasks].unsqueeze(-1)
-        return self.first[tasks].unsqueeze(-1) + torch.minimum((uniform * counts).long(), counts - 1)
+        return self.steps_at(tasks, uniform)
 
     def _move(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
 def sample_meta_batch(
-    replay: TaskReplay, settings: TrainSettings, generator: torch.Generator, encoder: bool, control: bool
+    replay: TaskReplay, settings: FocalSettings, generator: torch.Generator, encoder: bool, control: bool
 ) -> MetaBatch:
-    """Draw what one step needs that trains the `encoder`, the `control` networks, or both.
+    """Draw what one step of FOCAL needs that trains the `encoder`, the `control` networks, or both.
 
     Two contexts per task where the encoder trains, so that every task has a positive pair; with `context_draws=1`, as
     in the released code, only a task drawn twice has one.
@@ -181,6 +185,18 @@ def sample_meta_batch(
     further = settings.regularisation.discriminator_steps - 1 if regularised else 0
     fresh = tuple(replay.sample_batch(tasks, settings.batch_size, generator) for _ in range(further))
     return MetaBatch(tasks, contexts, transitions, fresh, encoder)
+
+
+def sample_joint_batch(
+    replay: TaskReplay, settings: TrainSettings, generator: torch.Generator, discriminator_batches: int = 0
+) -> MetaBatch:
+    """Draw what one step needs that trains everything at once: of each task one context and one batch."""
+    tasks = replay.sample_tasks(settings.meta_batch, generator)
+    contexts = replay.sample_context(tasks, settings.context_size, generator).unsqueeze(0)
+    batch, *fresh = (
+        replay.sample_batch(tasks, settings.batch_size, generator) for _ in range(1 + discriminator_batches)
+    )
+    return MetaBatch(tasks, contexts, batch, tuple(fresh))
 
 
 def training_transform(data: TrainingData, settings: TrainSettings) -> ObservationTransform:

@@ -20,21 +20,16 @@ import torch
 
 from ..errors import FocalError, UsageError
 from ..files import write_json
-from ..settings import from_dict, to_dict
-from .agent import Agent, new_agent
+from ..settings import to_dict
+from .agent import Agent
 from .checkpoint import list_checkpoints, load_networks
 from .files import read_json
+from .methods import find_method, saved_settings
 from .replay import TrainingData, refuse_larger_context, training_transform
 from .settings import TrainSettings, differences
 from .transform import ObservationTransform
 
 FORMAT = "focal-run/1"
-# Settings that this format did not always have; a file without one is of a version that did what is the default today.
-_ADDED = (
-    "encoder", "released", "encoder_after", "encoder_half_life", "gradients", "task_replacement", "context_draws",
-    "precision", "value_limit",
-)  # fmt: skip
-_ADDED_DEFAULTS = {name: value for name, value in to_dict(TrainSettings()).items() if name in _ADDED}
 _REMEDY = "start the run again under another name: focal-cli train ... --name OTHER"
 
 
@@ -131,7 +126,7 @@ def read_run(run_dir: Path) -> Run:
             dict(values["provenance"]),
         )
         return Run(
-            settings=from_dict(TrainSettings, {**_ADDED_DEFAULTS, **values["settings"]}),
+            settings=saved_settings(values["settings"]),
             transform=ObservationTransform.from_json(values["observation_transform"]),
             family=str(values["family"]),
             task_indices=tuple(int(index) for index in collection["task_indices"]),
@@ -163,35 +158,39 @@ def load_agent(run_dir: Path, seed: int, device: torch.device | str = "cpu") -> 
         trained = sorted(path.name for path in run_dir.glob("seed_*")) or ["none"]
         raise FocalError(f"{run_dir} holds no checkpoint of seed {seed} (folders: {', '.join(trained)}); "
                          f"focal-cli train ... --seed {seed}")  # fmt: skip
-    agent = new_agent(run.settings, run.transform, run.act_dim, torch.Generator(), device)
-    load_networks(checkpoints[-1], {"encoder": agent.encoder, "policy": agent.policy})
+    agent = _new_agent(run, torch.Generator(), device)
+    load_networks(checkpoints[-1], agent.networks)
     return agent
 
 
 def load_untrained_agent(run_dir: Path, seed: int, device: torch.device | str = "cpu") -> Agent:
     """Rebuild the agent of one seed as it was before its first gradient step: the "untrained" beside every result."""
-    run = read_run(run_dir)
-    return new_agent(run.settings, run.transform, run.act_dim, initial_generator(seed), device)
+    return _new_agent(read_run(run_dir), initial_generator(seed), device)
+
+
+def _new_agent(run: Run, generator: torch.Generator, device: torch.device | str) -> Agent:
+    return find_method(run.settings.algo).new_agent(run.settings, run.transform, run.act_dim, generator, device)
 
 
 def initial_generator(seed: int) -> torch.Generator:
     """Return the generator (on the CPU, for every device) that decides the initial weights of a seed."""
-    return torch.Generator().manual_seed(_word(seed, 0))
+    return seeded_generator(seed, 0)
 
 
 def training_generator(seed: int, device: torch.device) -> torch.Generator:
     """Return the generator of everything that a seed draws while it trains."""
-    return torch.Generator(device).manual_seed(_word(seed, 1))
+    return seeded_generator(seed, 1, device=device)
 
 
 def diagnostics_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Return the generator of a seed's log row at `step`; it has no past, so logging more or less changes nothing."""
-    return torch.Generator(device).manual_seed(_word(seed, 2, step))
+    return seeded_generator(seed, 2, step, device=device)
 
 
-def _word(seed: int, *stream: int) -> int:
-    """Return 64 bits for an independent stream of `seed`."""
-    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0])
+def seeded_generator(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return the generator of an independent stream of `seed`."""
+    word = int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(word)
 
 
 def _identity(run: Run) -> dict[str, Any]:
