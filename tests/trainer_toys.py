@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 
 from focal.datasets import Transitions
-from focal.settings import override
+from focal.settings import field_names, override, to_dict
 from focal.trainer.agent import Agent
+from focal.trainer.methods import find_method
 from focal.trainer.replay import TrainingData
-from focal.trainer.settings import FocalSettings
+from focal.trainer.settings import FocalSettings, TrainSettings
 
 HORIZON, STEP = 4, 0.25
 
@@ -146,3 +147,25 @@ def variant(name: str) -> FocalSettings:
 def evaluate_toy(agent: Agent, step: int) -> dict[str, float]:
     """A number that depends on every weight of the policy."""
     return {"test/action": float(agent.act(np.full((1, 3, 2), 0.1), np.full((1, 3), 0.2)).sum())}
+
+
+def tiny_method(algo: str, **changes: object) -> TrainSettings:
+    """Settings of any method as small as TINY, with dotted names written with double underscores."""
+    settings = find_method(algo).settings()
+    tiny = {
+        **{name: value for name, value in to_dict(TINY).items() if not isinstance(value, dict)},
+        **{f"bcq.{name}_hidden": (16, 16) for name in ("critic", "vae", "perturbation")},
+        **{f"teachers.bcq.{name}_hidden": (16, 16) for name in ("critic", "vae", "perturbation")},
+        **{f"student.{name}_hidden": (16, 16) for name in ("critic", "decoder", "perturbation")},
+        **{f"teachers.{name}.hidden": (16,) for name in ("rewards", "transitions")},
+        **{f"teachers.{name}.members": 3 for name in ("rewards", "transitions")},
+        **{f"teachers.{name}.batch_size": 8 for name in ("rewards", "transitions")},
+        "teachers.rewards.steps": 20, "teachers.transitions.steps": 24, "teachers.steps": 30,
+        "teachers.batch_size": 8, "teachers.pool": 20, "teachers.bcq.candidates": 3, "bcq.candidates": 3,
+        "relabel.reward_std": 0.3,
+    }  # fmt: skip
+    known = set(field_names(settings)) - {"algo"}
+    settings = override(settings, {name: value for name, value in tiny.items() if name in known})
+    settings = override(settings, {name.replace("__", "."): value for name, value in changes.items()})
+    settings.check()
+    return settings
