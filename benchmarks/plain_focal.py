@@ -2,7 +2,8 @@
 
 Eager PyTorch: per-task loops for sampling, embedding and the pairs of the metric loss, ordinary modules, ordinary Adam,
 `loss.backward()`; the control networks see all tasks in one batch, as any implementer would do. The mathematics is that
-of `trainer/focal.py` and `control.py` with dual KL as policy regularisation and adaptive alpha; numbers are the settings'.
+of `trainer/focal.py` and `control.py` with dual KL as policy regularisation and adaptive alpha; numbers are those of
+the settings.
 """
 
 import copy
