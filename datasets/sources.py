@@ -2,7 +2,8 @@
 an object store are opened, checked and loaded by the same code.
 
     Folder      a folder on this machine                                      here
-    Archive     the payload inside a bundle file, read in place               archive.py
+    Below       a folder inside another source                                here
+    Archive     a bundle file, read in place                                  archive.py
     Remote      a folder on s3:// or another object store                     remote.py
 """
 
@@ -67,6 +68,43 @@ class Folder:
     def exists(self, name: str) -> bool:
         """See `Source`."""
         return (self.path / name).is_file()
+
+
+@dataclass(frozen=True)
+class Below:
+    """A folder inside another source, for example the payload of a bag."""
+
+    source: Source
+    folder: str
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.folder}"
+
+    def sizes(self, skip: tuple[str, ...] = ()) -> dict[str, int]:
+        """See `Source`."""
+        prefix = f"{self.folder}/"
+        inside = {
+            name.removeprefix(prefix): size for name, size in self.source.sizes().items() if name.startswith(prefix)
+        }
+        return {name: size for name, size in inside.items() if name.partition("/")[0] not in skip}
+
+    def read(self, name: str, limit: int) -> bytes:
+        """See `Source`."""
+        return self.source.read(f"{self.folder}/{name}", limit)
+
+    def read_many(self, names: Iterable[str], limit: int) -> Iterator[tuple[str, bytes]]:
+        """See `Source`."""
+        prefix = f"{self.folder}/"
+        found = self.source.read_many([prefix + name for name in names], limit)
+        return ((name.removeprefix(prefix), data) for name, data in found)
+
+    def sha256(self, name: str) -> str:
+        """See `Source`."""
+        return self.source.sha256(f"{self.folder}/{name}")
+
+    def exists(self, name: str) -> bool:
+        """See `Source`."""
+        return self.source.exists(f"{self.folder}/{name}")
 
 
 def sha256_of(data: bytes) -> str:
