@@ -44,6 +44,16 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {text}; that is our mistake: please report it with what --debug prints"
 
 
+class Location(click.ParamType):
+    """A path on this machine, or the URL of a bundle on an object store, whose two slashes a path would lose."""
+
+    name = "path or URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """See click."""
+        return value if isinstance(value, Path) or "://" in value else Path(value)
+
+
 def stores_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --stores."""
     return click.option(
@@ -161,10 +171,10 @@ def list_(stores: Path, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @json_option
-def show(path: Path, as_json: bool) -> None:
-    """Show a collection: its card, its tasks, episodes and returns per quality, and what never learnt."""
+def show(path: Path | str, as_json: bool) -> None:
+    """Show a collection, folder or s3:// URL: its card, tasks, episodes and returns per quality, what never learnt."""
     from .console import collection_document, print_collection
     from .datasets import open_collection
 
@@ -176,10 +186,10 @@ def show(path: Path, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @json_option
-def verify(path: Path, as_json: bool) -> None:
-    """Check every byte of a collection against what it says of itself."""
+def verify(path: Path | str, as_json: bool) -> None:
+    """Check every byte of a collection, in a folder or at an s3:// URL, against what it says of itself."""
     from .datasets import verify_collection
 
     report = verify_collection(path)
@@ -192,10 +202,10 @@ def verify(path: Path, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new version.")
 @set_option
-def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
+def relabel(path: Path | str, output: Path, assignments: Sequence[str]) -> None:
     """Cut the quality levels anew, for example --set expert_from=0.8, into a new version."""
     from .console import print_collection
     from .datasets import open_collection, relabel_collection
@@ -207,7 +217,7 @@ def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
 
 @main.command()
 @click.option("--env", "env_name", help="Task family; may be left out where STORES holds one collection.")
-@click.option("--collection", type=click.Path(path_type=Path), help="Collection folder, instead of --env.")
+@click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
 @click.option("--data", "quality", type=click.Choice(QUALITIES), required=True, help="Quality to train on.")
 @click.option("--algo", type=click.Choice(["focal"]), default="focal", show_default=True)
 @click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
@@ -220,8 +230,8 @@ def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
 @runs_option
 @set_option
 def train(
-    env_name: str | None, collection: Path | None, quality: str, algo: str, scale: str | None, seed: int, seeds: int,
-    workers: int | None, name: str | None, resume: bool, stores: Path, runs: Path, assignments: Sequence[str],
+    env_name: str | None, collection: Path | str | None, quality: str, algo: str, scale: str | None, seed: int,
+    seeds: int, workers: int | None, name: str | None, resume: bool, stores: Path, runs: Path, assignments: Sequence[str],
 ) -> None:  # fmt: skip
     """Meta-train on a collection's training tasks."""
     from .console import TrainBars

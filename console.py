@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .datagen import Progress as GenerateProgress
-from .datasets import QUALITIES, Collection, Quality, TaskEntry
+from .datasets import QUALITIES, Collection
+from .datasets.selection import Selection
 from .evaluation import CONDITIONS, seed_interval
 from .experiment import RunTest, TrainProgress
 
@@ -169,27 +170,22 @@ def collection_document(collection: Collection) -> dict[str, Any]:
 
 
 def quality_rows(collection: Collection) -> list[dict[str, Any]]:
-    """Tasks, episodes, transitions and mean return per quality."""
+    """Tasks, episodes, transitions and mean return per quality, from the episode tables alone."""
+    tables = collection.select().tables.values()
     rows = []
     for quality in QUALITIES:
         counts = [entry.counts[quality] for entry in collection.tasks]
-        returns = [values for entry in collection.tasks if len(values := _returns(entry, quality))]
+        returns = np.concatenate([table["returns"][Selection(quality).mask(table)] for table in tables])
         rows.append(
             {
                 "quality": quality,
                 "tasks": sum(count.episodes > 0 for count in counts),
                 "episodes": sum(count.episodes for count in counts),
                 "transitions": sum(count.steps for count in counts),
-                "mean return": float(np.concatenate(returns).mean()) if returns else None,
+                "mean return": float(returns.mean()) if len(returns) else None,
             }
         )
     return rows
-
-
-def _returns(entry: TaskEntry, quality: str) -> np.ndarray:
-    """Dense returns of a task's episodes, read from its episode table alone."""
-    returns, labels = entry.store.read("episodes/return"), entry.store.read("episodes/quality")
-    return returns if quality == "mixed" else returns[labels == Quality[quality.upper()]]
 
 
 def task_rows(collection: Collection) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .datasets import Collection, find_collections, open_collection
+from .datasets import Collection, find_collections, is_committed, open_collection
 from .envs import get_family
 from .errors import DiskFullError, FocalError, UsageError
 from .evaluation import (
@@ -43,7 +43,7 @@ QUICK_EPISODES, QUICK_SEED = 2, 1_000_003  # of the meta-tests during training; 
 class TrainRequest:
     """What `focal-cli train` asks for."""
 
-    collection: Path
+    collection: Path | str  # its folder or its URL
     quality: str
     scale: str | None
     seeds: tuple[int, ...]
@@ -59,7 +59,7 @@ class SeedJob:
     """One seed of a run, for a worker process."""
 
     run_dir: Path
-    collection: Path
+    collection: Path | str
     quality: str
     settings: TrainSettings
     seed: int
@@ -124,7 +124,7 @@ class RunTest:
         }
 
 
-def choose_collection(stores: Path, env: str | None, collection: Path | None) -> Path:
+def choose_collection(stores: Path, env: str | None, collection: Path | str | None) -> Path | str:
     """Return the collection a command means. Raises `UsageError` listing the exact choices when it is not clear."""
     if collection is not None:
         return collection
@@ -159,7 +159,8 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     settings, seeds = _settings_and_seeds(request, collection, run_dir)
     settings.check()
     training_data(collection, request.quality)  # fails here, before any process starts
-    source = RunSource(collection.name, str(request.collection.resolve()), request.quality, seeds, provenance())
+    where = request.collection.resolve() if isinstance(request.collection, Path) else request.collection
+    source = RunSource(collection.name, str(where), request.quality, seeds, provenance())
     jobs = {
         seed: SeedJob(run_dir, request.collection, request.quality, settings, seed, source, request.resume)
         for seed in seeds
@@ -282,14 +283,18 @@ def _refuse_unfinished(run_dir: Path, run: Run) -> None:
 
 def collection_of(run: Run, stores: Path) -> Collection:
     """Open the collection a run was trained on: where it was then, or wherever below `stores` it is now."""
-    path = Path(run.source.collection_path)
-    for candidate in [path, *find_collections(stores)]:
-        if (candidate / "dataset.json").exists():
-            collection = open_collection(candidate)
-            if collection.content_hash == run.content_hash:
-                return collection
+    where = run.source.collection_path
+    places: list[Path | str] = [*find_collections(stores)]
+    if "://" in where:
+        places.append(where)  # last: a copy on this machine is nearer
+    elif is_committed(where):
+        places.insert(0, Path(where))
+    for place in places:
+        collection = open_collection(place)
+        if collection.content_hash == run.content_hash:
+            return collection
     raise FocalError(
-        f"neither {path} nor anything in {stores} is the data this run was trained on (content hash "
+        f"neither {where} nor anything in {stores} is the data this run was trained on (content hash "
         f"{run.content_hash[:12]}); say with --stores where it is, or train again"
     )
 

@@ -252,14 +252,14 @@ def write_document(
     return tasks
 
 
-def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
-    """Copy the collection `src` to the new folder `dst` with its qualities cut by another rule.
+def relabel_collection(src: Path | str, dst: Path, rule: QualityRule) -> Collection:
+    """Copy the collection `src`, a folder or a URL, to the new folder `dst` with its qualities cut by another rule.
 
     The copy is the next minor version and names `src` in `derived_from`; `src` is not touched. Raises `FocalError`
     when `dst` exists, lies inside `src`, or `src` is damaged.
     """
     source = open_collection(src)
-    if dst.exists() or dst.resolve().is_relative_to(src.resolve()):
+    if dst.exists() or (isinstance(src, Path) and dst.resolve().is_relative_to(src.resolve())):
         raise FocalError(f"{dst} exists or lies inside {src}, expected a new folder; choose another one with -o")
     major, minor, _ = source.version.split(".")
     settings = {**source.settings, "quality": asdict(rule)}

@@ -8,7 +8,6 @@ for entry, episodes in chosen.load_all(): ...     reads the chunks that hold the
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +16,11 @@ import numpy as np
 from ..errors import FocalError, UsageError, did_you_mean
 from .cache import load_cached
 from .episodes import QUALITIES, Array, Episodes, Quality
+from .sources import side_by_side
 from .tasks import Count, TaskEntry
 
-_AHEAD = 2 * (os.cpu_count() or 1)  # tasks decoded ahead of the one in use: bounds the memory above what is kept
+_CORES = os.cpu_count() or 1
+_AHEAD = 2 * _CORES  # tasks decoded ahead of the one in use: bounds the memory above what is kept
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class Selection:
     def apply(self, entries: Sequence[TaskEntry]) -> "Subset":
         """Read the episode tables of `entries` and keep the tasks that have such episodes."""
         have = [entry for entry in entries if entry.counts[self.quality].episodes]
-        tables = {entry.index: entry.store.read_table() for entry in have}
+        found = side_by_side(lambda entry: (entry.index, entry.store.read_table()), have, _AHEAD)
+        tables = dict(found)
         masks = {index: self.mask(table) for index, table in tables.items()}
         kept = tuple(entry for entry in have if masks[entry.index].any())
         return Subset(
@@ -110,14 +112,7 @@ class Subset:
                 return self.load(entry.index)
             return load_cached(cache, entry, self.selection, lambda: self.load(entry.index))
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            waiting = [(entry, pool.submit(load, entry)) for entry in self.tasks[:_AHEAD]]
-            later = iter(self.tasks[_AHEAD:])
-            while waiting:
-                entry, future = waiting.pop(0)
-                yield entry, future.result()
-                if (following := next(later, None)) is not None:
-                    waiting.append((following, pool.submit(load, following)))
+        return side_by_side(lambda entry: (entry, load(entry)), self.tasks, _CORES, _AHEAD)
 
 
 def check_quality(quality: str) -> None:

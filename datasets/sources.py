@@ -8,12 +8,17 @@ an object store are opened, checked and loaded by the same code.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from .storage import file_hash, list_files, read_bytes
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Source(Protocol):
@@ -110,3 +115,24 @@ class Below:
 def sha256_of(data: bytes) -> str:
     """sha256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def side_by_side(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int | None = None
+) -> Iterator[Result]:
+    """Yield `function(item)` for every item, in order, computed in `workers` threads.
+
+    At most `ahead` results (twice the workers) wait or are under way, which bounds the memory. The first error ends it:
+    what has not begun then never does.
+    """
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for item in items:
+            if len(waiting) == (ahead or 2 * workers):
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(function, item))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
