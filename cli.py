@@ -231,7 +231,8 @@ def relabel(path: Path | str, output: Path, assignments: Sequence[str]) -> None:
 @set_option
 def train(
     env_name: str | None, collection: Path | str | None, quality: str, algo: str, scale: str | None, seed: int,
-    seeds: int, workers: int | None, name: str | None, resume: bool, stores: Path, runs: Path, assignments: Sequence[str],
+    seeds: int, workers: int | None, name: str | None, resume: bool, stores: Path, runs: Path,
+    assignments: Sequence[str],
 ) -> None:  # fmt: skip
     """Meta-train on a collection's training tasks."""
     from .console import TrainBars

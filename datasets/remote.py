@@ -28,6 +28,8 @@ SIDE_BY_SIDE = 16
 """Requests under way at once: small ones only wait for the network."""
 PIECE_BYTES = 2**18
 """A download reaches the disk or the hash in pieces of this size."""
+PART_BYTES = 2**24
+"""An upload longer than this is made of parts, which are repeated one by one."""
 
 _CLIENT = {"connect_timeout": "10s", "read_timeout": "2m", "timeout": "1h"}
 _RETRIES = {
@@ -98,7 +100,7 @@ class Remote:
         return True
 
     def stream(self, name: str, start: int = 0) -> Iterator[bytes]:
-        """Fetch a file from its byte `start` on, in pieces; nothing where `start` is its end."""
+        """Fetch a file from its byte `start`, one that it has, to its end, in pieces."""
         with asking(self.url, name):
             found = self.store.get(name, options={"range": {"offset": start}} if start else None)
             pieces = found.stream(min_chunk_size=PIECE_BYTES)
@@ -110,6 +112,33 @@ class Remote:
             yield piece
 
 
+    def put(self, name: str, data: bytes, sha256: str) -> None:
+        """Write a file, over one that is there; in parts side by side where it is large. `sha256` is kept beside it."""
+        kept = {"sha256": sha256} if self._keeps_attributes else None
+        with asking(self.url, name):
+            self.store.put(name, data, attributes=kept, chunk_size=PART_BYTES, max_concurrency=4)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file unless one of that name is there: of several writers at once, one is told True."""
+        with asking(self.url, name):
+            try:
+                self.store.put(name, data, mode="create", use_multipart=False)
+            except _exceptions().AlreadyExistsError:
+                return False
+        return True
+
+    def holds(self, name: str, sha256: str) -> bool:
+        """Whether a file that is there was put with this sha256; fetched and hashed where the store keeps none."""
+        if not self._keeps_attributes:
+            return self.sha256(name) == sha256
+        with asking(self.url, name):
+            return self.store.get(name, options={"head": True}).attributes.get("sha256") == sha256
+
+    @property
+    def _keeps_attributes(self) -> bool:
+        return not self.url.startswith("file:")
+
+
 def open_remote(url: str, payload: str) -> Remote:
     """Return the source of the collection at `url`: inside its folder `payload` where `url` is a bag, else `url`."""
     remote = connect(url)
@@ -117,13 +146,18 @@ def open_remote(url: str, payload: str) -> Remote:
         return Remote(remote.url, connect(f"{remote.url}/{payload}").store)
     if remote.exists(DOCUMENT):
         return remote
+    raise no_bundle(remote)
+
+
+def no_bundle(remote: Remote) -> FocalError:
+    """What is at a URL that has no tagmanifest."""
     names = remote.sizes()
+    if not names:
+        return FocalError(f"nothing is at {remote}, expected a bundle; put one there: focal-cli bundle push FILE URL")
     if MANIFEST in names:
         above = remote.url.rpartition("/")[0]
-        raise FocalError(f"{url} is a bundle whose push was cut; finish it: focal-cli bundle push FILE {above}")
-    if not names:
-        raise FocalError(f"nothing is at {url}, expected a bundle; list what is there with your object store's tool")
-    raise FocalError(f"{url} is no bundle: it has no {TAGMANIFEST}; expected what focal-cli bundle push wrote")
+        return FocalError(f"{remote} is a bundle whose push was cut; finish it: focal-cli bundle push FILE {above}")
+    return FocalError(f"{remote} is no bundle ({TAGMANIFEST} is missing), expected what focal-cli bundle push writes")
 
 
 def connect(url: str, create: bool = False) -> Remote:
@@ -131,7 +165,10 @@ def connect(url: str, create: bool = False) -> Remote:
 
     Raises `FocalError` where obstore is not installed, `UsageError` for a URL that names no object store.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise UsageError("the URL is malformed, expected s3://BUCKET/PATH") from None
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise UsageError(
             f"the {parts.scheme}:// URL has more than a bucket and a path; credentials belong into the environment: "
@@ -175,16 +212,16 @@ def asking(url: str, name: str = "") -> Iterator[None]:
     except FocalError:
         raise
     except Exception as error:
-        if not _from_store(error):
-            raise
+        if not isinstance(error, _exceptions().BaseError | OSError | ValueError | NotImplementedError):
+            raise  # our own mistake
         # not `from error`: its text quotes the server's answer, and that may quote the key
         raise _explain(url, name, error) from None
 
 
-def _from_store(error: Exception) -> bool:
-    from obstore.exceptions import BaseError
+def _exceptions() -> Any:
+    from obstore import exceptions
 
-    return isinstance(error, BaseError | OSError | ValueError | NotImplementedError)
+    return exceptions
 
 
 def _explain(url: str, name: str, error: Exception) -> FocalError:
