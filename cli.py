@@ -1,8 +1,11 @@
 """`focal-cli`: parse, resolve settings, make one call, print. Heavy imports wait until a verb needs them."""
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +216,124 @@ def relabel(path: Path | str, output: Path, assignments: Sequence[str]) -> None:
 
     rule = override(open_collection(path).tasks[0].rule, parse_assignments(assignments))
     print_collection(relabel_collection(path, output, rule))
+
+
+@main.group()
+def bundle() -> None:
+    """Hand collections to another team, and take theirs: pack, verify, unpack.
+
+    A bundle is one file, or with --folder one folder, that anybody can check: unzip it, then in its folder
+    sha256sum -c --strict tagmanifest-sha256.txt manifest-sha256.txt
+    """
+
+
+def receiving(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what the receiver of a bundle decides: whom to trust and how much to take."""
+    for option in (
+        click.option("--max-size", default="50GB", show_default=True, callback=_bytes, help="Refuse larger ones."),
+        click.option("--require-signature", is_flag=True, help="Refuse all but a trusted signer's."),
+        click.option(
+            "--allowed-signers", type=click.Path(path_type=Path), envvar="FOCAL_ALLOWED_SIGNERS",
+            help="Whose keys are trusted, see ssh-keygen(1). [default: ~/.config/focal/allowed_signers]",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _bytes(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", value)
+    if not match:
+        raise UsageError(f"--{parameter.name} got '{value}', expected a size, for example --max-size 50GB")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
+def _allowed_signers(chosen: Path | None) -> Path | None:
+    if chosen is None:
+        usual = Path.home() / ".config" / "focal" / "allowed_signers"
+        return usual if usual.is_file() else None
+    if not chosen.is_file():
+        raise UsageError(f"no allowed signers at {chosen}, expected a file of public keys, see ssh-keygen(1)")
+    return chosen
+
+
+@bundle.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: NAME-VERSION.focal.zip]")
+@click.option("--folder", is_flag=True, help="Make a folder instead of one file.")
+@click.option(
+    "--sign", "key", type=click.Path(path_type=Path), help="Sign with this SSH key, for example ~/.ssh/id_ed25519."
+)
+@click.option(
+    "--author", "authors", multiple=True, help="For a collection that names none; may be given several times."
+)
+@stores_option
+@json_option
+def pack(
+    path: Path | None, output: Path | None, folder: bool, key: Path | None, authors: Sequence[str], stores: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Verify the collection PATH and pack it. PATH may be left out where STORES holds one collection."""
+    from .bars import ByteBar
+    from .datasets.bundle import pack_bundle
+
+    if path is None:
+        from .experiment import choose_collection
+
+        path = choose_collection(stores, None, None)
+    with ByteBar("packing") as bar:
+        packed, report = pack_bundle(path, output, key, folder, authors, bar)
+    _print_bundle(report, as_json, f"packed; the other team: focal-cli bundle unpack {shlex.quote(packed.name)}")
+
+
+@bundle.command("verify")
+@click.argument("path", type=click.Path(path_type=Path))
+@receiving
+@json_option
+def verify_(
+    path: Path, allowed_signers: Path | None, require_signature: bool, max_size: int, as_json: bool
+) -> None:  # fmt: skip
+    """Check every byte of a bundle, in place: signature, checksums, and the collection inside."""
+    from .bars import ByteBar
+    from .datasets.bundle import verify_bundle
+
+    with ByteBar("verifying") as bar:
+        report = verify_bundle(path, _allowed_signers(allowed_signers), require_signature, max_size, bar)
+    _print_bundle(report, as_json, "good")
+
+
+@bundle.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder. [default: STORES/FAMILY]")
+@receiving
+@stores_option
+@json_option
+def unpack(
+    path: Path, output: Path | None, allowed_signers: Path | None, require_signature: bool, max_size: int,
+    stores: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Verify a bundle, then unpack its collection."""
+    from .bars import ByteBar
+    from .datasets.bundle import unpack_bundle
+
+    with ByteBar("unpacking") as bar:
+        collection, report = unpack_bundle(
+            path, output, stores, _allowed_signers(allowed_signers), require_signature, max_size, bar
+        )
+    place = str(collection.path)
+    advice = f"unpacked; train on it: focal-cli train --collection {shlex.quote(place)} --data mixed"
+    _print_bundle(report, as_json, advice, collection=place)
+
+
+def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
+    """Licence, authors and signature are always shown: whoever packs or takes data answers for them."""
+    if as_json:
+        click.echo(json.dumps(report.to_json() | more, indent=2))
+        return
+    counts = ", ".join(f"{value:,} {name}" for name, value in asdict(report.verified).items())
+    click.echo(f"{report.path}: {report.name} of {report.family}, {counts}, content {report.content_hash[:12]}")
+    click.echo(f"licence {report.licence}, by {', '.join(report.authors)}, {report.trust}")
+    click.echo(what)
 
 
 @main.command()

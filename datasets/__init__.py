@@ -4,8 +4,10 @@ collect   begin_collection -> write_segment ... -> seal_task ... -> commit_colle
 read      open_collection -> Collection.load, load_training, load_context                    collection.py
 check     verify_collection                                                                  integrity.py
 re-cut    relabel_collection                                                                 collecting.py
+share     pack_bundle, verify_bundle, unpack_bundle                                          bundle.py
 """
 
+from .bundle import BundleReport, pack_bundle, unpack_bundle, verify_bundle
 from .collecting import (
     begin_collection,
     commit_collection,
@@ -26,6 +28,7 @@ from .tasks import Count, TaskEntry
 
 __all__ = [
     "QUALITIES",
+    "BundleReport",
     "Collection",
     "CollectionHeader",
     "Count",
@@ -48,9 +51,12 @@ __all__ = [
     "label_checkpoints",
     "list_segments",
     "open_collection",
+    "pack_bundle",
     "read_segment",
     "relabel_collection",
     "seal_task",
+    "unpack_bundle",
+    "verify_bundle",
     "verify_collection",
     "write_segment",
 ]

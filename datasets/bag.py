@@ -25,9 +25,9 @@ from ..errors import FocalError
 from .collection import Collection
 from .croissant import croissant_document, describe
 from .integrity import Progress, VerifyReport, verify_collection
-from .opening import DOCUMENT, PAYLOAD, STAGING, check_allowed, open_source
+from .opening import DOCUMENT, PAYLOAD, check_allowed, open_source
 from .sources import Below, Source, sha256_of
-from .storage import AGAIN, parse_json, to_json
+from .storage import AGAIN, MAX_JSON_BYTES, parse_json, to_json
 
 TAGMANIFEST = "tagmanifest-sha256.txt"
 SIGNATURE = f"{TAGMANIFEST}.sig"
@@ -66,6 +66,8 @@ class Bag:
     """bag-info.txt; values of a label that occurs several times (Author) are separated by newlines."""
     files: Mapping[str, str] = field(repr=False)
     """sha256 of every file but the tagmanifest and its signature, by name."""
+    tagmanifest: bytes = field(repr=False)
+    """The file that hashes all others, as it was read: what a signature signs."""
 
     @property
     def licence(self) -> str:
@@ -83,25 +85,34 @@ class Bag:
         return int(self.info["Payload-Oxum"].partition(".")[0])
 
 
-def make_tag_files(collection: Collection, authors: Sequence[str]) -> dict[str, bytes]:
-    """Return the bag's files outside data/, by name; the same collection and authors give the same bytes.
+def payload_files(collection: Collection) -> dict[str, tuple[int, str]]:
+    """Return bytes and sha256 of every file a bag of `collection` has below data/, by its name in the bag.
 
-    Raises `FocalError` for a collection with a file name that another system cannot hold.
+    Raises `FocalError` for a name that some system cannot hold, or a file too large.
     """
-    document = collection.source.sha256(DOCUMENT)
-    sizes = {f"{PAYLOAD}/{name}": size for name, size in collection.source.sizes(skip=(STAGING,)).items()}
-    check_names(collection.source, sizes, AGAIN)
-    check_sizes(collection.source, sizes)
-    hashes = {DOCUMENT: document, **{name: sha256 for name, (_, sha256) in collection.files.items()}}
-    manifest = _manifest({f"{PAYLOAD}/{name}": sha256 for name, sha256 in hashes.items()})
+    document = collection.source.read(DOCUMENT, MAX_JSON_BYTES)
+    files = {**collection.files, DOCUMENT: (len(document), sha256_of(document))}
+    payload = {f"{PAYLOAD}/{name}": facts for name, facts in sorted(files.items())}
+    check_names(collection.source, payload, AGAIN)
+    check_sizes(collection.source, {name: size for name, (size, _) in payload.items()})
+    return payload
+
+
+def make_tag_files(
+    collection: Collection, payload: Mapping[str, tuple[int, str]], authors: Sequence[str]
+) -> dict[str, bytes]:
+    """Return the bag's files outside data/ but the signature, by name.
+
+    The same collection, its `payload_files` and authors give the same bytes.
+    """
+    manifest = _manifest({name: sha256 for name, (_, sha256) in payload.items()})
+    document = f"{PAYLOAD}/{DOCUMENT}"
+    listing = {MANIFEST: (len(manifest), sha256_of(manifest)), document: payload[document]}
     date = _date_of(collection)
-    listing = {
-        MANIFEST: (len(manifest), sha256_of(manifest)),
-        f"{PAYLOAD}/{DOCUMENT}": (sizes[f"{PAYLOAD}/{DOCUMENT}"], document),
-    }
+    oxum = f"{sum(size for size, _ in payload.values())}.{len(payload)}"
     tags = {
         DECLARATION: _DECLARATION,
-        BAG_INFO: _bag_info(collection, authors, date, f"{sum(sizes.values())}.{len(sizes)}"),
+        BAG_INFO: _bag_info(collection, authors, date, oxum),
         CROISSANT: to_json(croissant_document(collection, authors, date, listing)),
         MANIFEST: manifest,
     }
@@ -124,7 +135,8 @@ def read_bag(source: Source, name: str | None = None) -> Bag:
         raise FocalError(f"{source} is no bundle ({TAGMANIFEST} is missing); make one: focal-cli bundle pack PATH")
     check_names(source, sizes)
     check_sizes(source, sizes)
-    tags = _read_tag_files(source, sizes)
+    tagmanifest = source.read(TAGMANIFEST, MAX_TAG_BYTES)
+    tags = _read_tag_files(source, sizes, tagmanifest)
     info = _parse_info(tags[BAG_INFO][1], f"{source}/{BAG_INFO}")
     if name not in (None, info["External-Identifier"]):
         raise FocalError(
@@ -141,7 +153,8 @@ def read_bag(source: Source, name: str | None = None) -> Bag:
         raise FocalError(
             f"{source}: its payload is {oxum} (bytes.files), {BAG_INFO} says {info['Payload-Oxum']}; {FETCH_AGAIN}"
         )
-    return Bag(source, info["External-Identifier"], info, {**{file: tags[file][0] for file in TAG_FILES}, **listed})
+    files = {**{file: tags[file][0] for file in TAG_FILES}, **listed}
+    return Bag(source, info["External-Identifier"], info, files, tagmanifest)
 
 
 def open_bag(bag: Bag) -> Collection:
@@ -152,7 +165,7 @@ def open_bag(bag: Bag) -> Collection:
     with _bundle_advice():
         collection = open_source(payload)
     for name, (_, sha256) in collection.files.items():
-        if bag.files[f"{PAYLOAD}/{name}"] != sha256:
+        if bag.files.get(f"{PAYLOAD}/{name}") != sha256:
             raise FocalError(f"{bag.source}: {MANIFEST} and {DOCUMENT} differ about {name!r}; {FETCH_AGAIN}")
     said = {"External-Identifier": bag.name, "Licence": bag.licence, "Content-Hash": bag.info["Content-Hash"]}
     true = {
@@ -195,10 +208,11 @@ def check_names(where: object, names: Iterable[str], advice: str = FETCH_AGAIN) 
     """
     seen: dict[str, str] = {}
     for name in names:
-        if fault := _name_fault(name):
+        if fault := name_fault(name) or _kind_fault(name):
             raise FocalError(f"{where}: file name {name[:200]!r} {fault}; {advice}")
         if (folded := name.casefold()) in seen:
-            raise FocalError(f"{where}: {seen[folded]!r} and {name!r} are one file on some systems; {advice}")
+            same = "is there twice" if seen[folded] == name else f"and {seen[folded]!r} are one file on some systems"
+            raise FocalError(f"{where}: {name!r} {same}; {advice}")
         seen[folded] = name
     for folded, name in seen.items():
         for end in (index for index, letter in enumerate(folded) if letter == "/"):
@@ -215,7 +229,8 @@ def check_sizes(where: object, sizes: Mapping[str, int]) -> None:
             raise FocalError(f"{where}: {name!r} has {size} bytes, expected at most {MAX_FILE_BYTES}")
 
 
-def _name_fault(name: str) -> str | None:
+def name_fault(name: str) -> str | None:
+    """What is wrong with a file's name on some system, or None; none that leads out of its folder passes."""
     parts = name.split("/")
     if not name.isprintable():
         return "holds a control character"
@@ -231,8 +246,15 @@ def _name_fault(name: str) -> str | None:
         return "has an empty part, or one that ends in a dot or a space"
     if any(_RESERVED.fullmatch(part) for part in parts):
         return "is reserved on Windows"
-    if len(parts) > MAX_DEPTH or len(name) > MAX_NAME:
-        return f"is deeper than {MAX_DEPTH} folders or longer than {MAX_NAME} characters"
+    if len(name) > MAX_NAME:
+        return f"is longer than {MAX_NAME} characters"
+    return None
+
+
+def _kind_fault(name: str) -> str | None:
+    """Why a bundle has no file of that name, or None."""
+    if name.count("/") >= MAX_DEPTH:
+        return f"is more than {MAX_DEPTH} folders deep"
     if name in (TAGMANIFEST, SIGNATURE, *TAG_FILES):
         return None
     try:
@@ -242,9 +264,9 @@ def _name_fault(name: str) -> str | None:
     return None
 
 
-def _read_tag_files(source: Source, sizes: Mapping[str, int]) -> dict[str, tuple[str, bytes]]:
+def _read_tag_files(source: Source, sizes: Mapping[str, int], tagmanifest: bytes) -> dict[str, tuple[str, bytes]]:
     """Return sha256 and content of the tag files, checked against the tagmanifest."""
-    listed = _parse_manifest(source.read(TAGMANIFEST, MAX_TAG_BYTES), f"{source}/{TAGMANIFEST}")
+    listed = _parse_manifest(tagmanifest, f"{source}/{TAGMANIFEST}")
     if sorted(listed) != sorted(TAG_FILES):
         raise FocalError(
             f"{source}: {TAGMANIFEST} lists {str(sorted(listed))[:200]}, expected {', '.join(TAG_FILES)}; {FETCH_AGAIN}"

@@ -215,6 +215,10 @@ def _not_a_collection(path: Path) -> FocalError:
         return FocalError(
             f"{path} is a file, expected a collection's folder; unpack it: focal-cli bundle unpack {quoted(path)}"
         )
+    if (path / "bagit.txt").is_file():
+        return FocalError(
+            f"{path} is a bundle's folder, expected a collection's; unpack it: focal-cli bundle unpack {quoted(path)}"
+        )
     if (path / STAGING).is_dir():
         return FocalError(
             f"{path} is an interrupted collection ({DOCUMENT} is missing); finish it with the same command again: "

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from .storage import file_hash, list_files, read_bytes
+from ..errors import FocalError
+from .storage import AGAIN, file_hash, list_files, read_bytes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -110,6 +111,14 @@ class Below:
     def exists(self, name: str) -> bool:
         """See `Source`."""
         return self.source.exists(f"{self.folder}/{name}")
+
+
+def read_checked(source: Source, name: str, limit: int, sha256: str) -> bytes:
+    """Read a whole file of at most `limit` bytes that must have this sha256. Raises `FocalError` when it is damaged."""
+    data = source.read(name, limit)
+    if sha256_of(data) != sha256:
+        raise FocalError(f"{source}: {name!r} is damaged (its sha256 is not the one listed); {AGAIN}")
+    return data
 
 
 def sha256_of(data: bytes) -> str:
