@@ -220,7 +220,7 @@ def relabel(path: Path | str, output: Path, assignments: Sequence[str]) -> None:
 
 @main.group()
 def bundle() -> None:
-    """Hand collections to another team, and take theirs: pack, verify, unpack.
+    """Hand collections to another team, and take theirs: pack, verify, unpack, push, pull.
 
     A bundle is one file, or with --folder one folder, that anybody can check: unzip it, then in its folder
     sha256sum -c --strict tagmanifest-sha256.txt manifest-sha256.txt
@@ -258,7 +258,7 @@ def _allowed_signers(chosen: Path | None) -> Path | None:
 
 
 @bundle.command()
-@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.argument("path", required=False, type=Location())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: NAME-VERSION.focal.zip]")
 @click.option("--folder", is_flag=True, help="Make a folder instead of one file.")
 @click.option(
@@ -270,7 +270,7 @@ def _allowed_signers(chosen: Path | None) -> Path | None:
 @stores_option
 @json_option
 def pack(
-    path: Path | None, output: Path | None, folder: bool, key: Path | None, authors: Sequence[str], stores: Path,
+    path: Path | str | None, output: Path | None, folder: bool, key: Path | None, authors: Sequence[str], stores: Path,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Verify the collection PATH and pack it. PATH may be left out where STORES holds one collection."""
@@ -287,13 +287,13 @@ def pack(
 
 
 @bundle.command("verify")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @receiving
 @json_option
 def verify_(
-    path: Path, allowed_signers: Path | None, require_signature: bool, max_size: int, as_json: bool
+    path: Path | str, allowed_signers: Path | None, require_signature: bool, max_size: int, as_json: bool
 ) -> None:  # fmt: skip
-    """Check every byte of a bundle, in place: signature, checksums, and the collection inside."""
+    """Check every byte of a bundle (file, folder or URL), in place: signature, checksums, the collection inside."""
     from .bars import ByteBar
     from .datasets.bundle import verify_bundle
 
@@ -322,6 +322,53 @@ def unpack(
         )
     place = str(collection.path)
     advice = f"unpacked; train on it: focal-cli train --collection {shlex.quote(place)} --data mixed"
+    _print_bundle(report, as_json, advice, collection=place)
+
+
+@bundle.command()
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("url")
+@json_option
+def push(path: Path, url: str, as_json: bool) -> None:
+    """Verify the bundle FILE and upload it to URL/NAME-VERSION, for example to s3://BUCKET/PATH. Run again to continue.
+
+    Keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, another server than Amazon's from AWS_ENDPOINT_URL.
+    """
+    from .bars import ByteBar
+    from .datasets.transfer import push_bundle
+
+    with ByteBar("pushing") as bar:
+        report = push_bundle(path, url, bar)
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+        return
+    sent = f"{report.sent} of {report.files} files sent ({report.sent_bytes:,} bytes)" if report.sent else "all there"
+    click.echo(f"{report.url}: {sent}; the other team: focal-cli bundle pull {shlex.quote(report.url)}")
+
+
+@bundle.command()
+@click.argument("url")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder. [default: STORES/FAMILY]")
+@receiving
+@stores_option
+@json_option
+def pull(
+    url: str, output: Path | None, allowed_signers: Path | None, require_signature: bool, max_size: int, stores: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Download the bundle at URL, verify it and unpack its collection. Run again to continue after a cut."""
+    from .bars import ByteBar
+    from .datasets.transfer import pull_bundle
+
+    def announce(bag: Any, trust: Any) -> None:
+        click.echo(f"{bag.name}, {bag.payload_bytes:,} bytes, {trust}", err=True)
+
+    with ByteBar("pulling") as bar:
+        collection, report = pull_bundle(
+            url, output, stores, _allowed_signers(allowed_signers), require_signature, max_size, bar, announce
+        )
+    place = str(collection.path)
+    advice = f"pulled; train on it: focal-cli train --collection {shlex.quote(place)} --data mixed"
     _print_bundle(report, as_json, advice, collection=place)
 
 

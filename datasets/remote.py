@@ -111,7 +111,6 @@ class Remote:
                 return
             yield piece
 
-
     def put(self, name: str, data: bytes, sha256: str) -> None:
         """Write a file, over one that is there; in parts side by side where it is large. `sha256` is kept beside it."""
         kept = {"sha256": sha256} if self._keeps_attributes else None
@@ -146,10 +145,18 @@ def open_remote(url: str, payload: str) -> Remote:
         return Remote(remote.url, connect(f"{remote.url}/{payload}").store)
     if remote.exists(DOCUMENT):
         return remote
-    raise no_bundle(remote)
+    raise _no_bundle(remote)
 
 
-def no_bundle(remote: Remote) -> FocalError:
+def open_bag_at(url: str) -> Remote:
+    """Return the source of the bag at `url`. Raises `FocalError` saying what is there where there is none."""
+    remote = connect(url)
+    if not remote.exists(TAGMANIFEST):
+        raise _no_bundle(remote)
+    return remote
+
+
+def _no_bundle(remote: Remote) -> FocalError:
     """What is at a URL that has no tagmanifest."""
     names = remote.sizes()
     if not names:

@@ -66,7 +66,7 @@ def new_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)  # a dead process had our pid
             temporary.mkdir()
             yield temporary
-            _sync_tree(temporary)
+            sync_tree(temporary)
             os.rename(temporary, final)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -116,7 +116,7 @@ def remove_temporaries(folder: Path, name: str = "") -> None:
             shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
 
-def _sync_tree(root: Path) -> None:
+def sync_tree(root: Path) -> None:
     """fsync everything below `root`. Side by side, because a journal commits waiting calls together: 8 times faster."""
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in ("", *names)]
     with ThreadPoolExecutor(8) as pool:

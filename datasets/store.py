@@ -311,6 +311,20 @@ def _consolidated(members: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "inline", "must_understand": False, "metadata": {**groups, **members}}
 
 
+def consolidated_documents(data: bytes, where: str) -> dict[str, bytes]:
+    """Return the `zarr.json` of every member, as `write_store` spells it, from the store's own; by name in the store.
+
+    What another program wrote may be spelt otherwise: compare hashes before use.
+    """
+    found: Any = parse_json(data, where).get("consolidated_metadata")
+    members = found.get("metadata") if isinstance(found, dict) else None
+    return {
+        f"{name}/zarr.json": to_json({key: value for key, value in member.items() if key != "consolidated_metadata"})
+        for name, member in (members.items() if isinstance(members, dict) else ())
+        if isinstance(member, dict)
+    }
+
+
 def _member(documents: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
     if len(documents[name]) > MAX_METADATA_BYTES:
         raise FocalError(f"{where}: {name} is larger than the {MAX_METADATA_BYTES} bytes allowed there; {AGAIN}")
