@@ -10,7 +10,7 @@ push   URL/NAME-VERSION/
 pull   STORES/.pull-FAMILY-3f9a.../    named by the tagmanifest's sha256; survives a kill, the next pull goes on here
          partial/data/tasks/...        files under way, which only grow
          data/tasks/...                a file comes here when its sha256 is right
-         dataset.json                  the commit point, kept out of data/ until everything is verified
+         dataset.json.unverified       the commit point, kept out of data/ until everything is verified
        STORES/FAMILY/                  in the end one rename of data/
 """
 
@@ -68,7 +68,7 @@ from .storage import (
 )
 
 _DOCUMENT = f"{PAYLOAD}/{DOCUMENT}"
-_PARTIAL = "partial"
+_PARTIAL, _HELD = "partial", f"{DOCUMENT}.unverified"
 _UPLOADS = 8
 """Files in memory at once while pushing."""
 
@@ -210,12 +210,12 @@ class _Staging(Folder):
 
     def place(self, name: str) -> Path:
         """Where the bag's file `name` is."""
-        return self.path / (DOCUMENT if name == _DOCUMENT else name)
+        return self.path / (_HELD if name == _DOCUMENT else name)
 
     def sizes(self, skip: tuple[str, ...] = ()) -> dict[str, int]:
         """See `Source`."""
         found = list_files(self.path, (_PARTIAL, *skip))
-        return {_DOCUMENT if name == DOCUMENT else name: size for name, size in found.items()}
+        return {_DOCUMENT if name == _HELD else name: size for name, size in found.items()}
 
     def read(self, name: str, limit: int) -> bytes:
         """See `Source`."""
@@ -306,7 +306,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
     """Turn what was verified into the collection at `target`, which does not exist or is an empty folder."""
     with writing(target):
         sync_tree(staging)
-        os.rename(staging / DOCUMENT, staging / _DOCUMENT)
+        os.rename(staging / _HELD, staging / _DOCUMENT)
         sync(staging / PAYLOAD)
         os.rename(staging / PAYLOAD, target)
         sync(target.parent)
