@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .datasets import Collection, find_collections, is_committed, open_collection
+from .datasets.sources import Folder
 from .envs import get_family
 from .errors import DiskFullError, FocalError, UsageError
 from .evaluation import (
@@ -158,7 +159,7 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     run_dir = _run_folder(request, collection)
     settings, seeds = _settings_and_seeds(request, collection, run_dir)
     settings.check()
-    training_data(collection, request.quality)  # fails here, before any process starts
+    training_data(collection, request.quality, run_dir.parent)  # fails here, before any process starts
     where = request.collection.resolve() if isinstance(request.collection, Path) else request.collection
     source = RunSource(collection.name, str(where), request.quality, seeds, provenance())
     jobs = {
@@ -187,7 +188,7 @@ def resume_command(run_dir: Path, source: RunSource) -> str:
 def train_seed(job: SeedJob, report: Any) -> None:
     """Train one seed in this process."""
     collection = open_collection(job.collection)
-    data = training_data(collection, job.quality)
+    data = training_data(collection, job.quality, job.run_dir.parent)
     tests = _test_tasks_or_none(collection, job.quality)
     last = [0.0]
 
@@ -210,9 +211,13 @@ def _test_tasks_or_none(collection: Collection, quality: str) -> TestTasks | Non
     return select_test_tasks(collection, quality) if have else None
 
 
-def training_data(collection: Collection, quality: str) -> TrainingData:
-    """Load the training tasks' transitions of one quality, held-out episodes excluded."""
-    loaded = collection.load_training(quality)
+def training_data(collection: Collection, quality: str, runs: Path) -> TrainingData:
+    """Load the training tasks' transitions of one quality, held-out episodes excluded.
+
+    From an object store each task is fetched once for all seeds and runs, and kept in RUNS/.cache.
+    """
+    on_disk = isinstance(collection.source, Folder)
+    loaded = collection.load_training(quality, cache=None if on_disk else runs / ".cache")
     family = get_family(collection.family)
     return TrainingData(
         family=collection.family,

@@ -16,6 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from obstore.store import S3Store
+
+BUCKET = "shared"
 WRITER = ("writer-key", "writer-secret")
 READER = ("reader-key", "reader-secret")
 _BLOCK = 2**14
@@ -23,7 +26,7 @@ _BLOCK = 2**14
 
 @contextlib.contextmanager
 def seaweed(folder: Path) -> Iterator[int]:
-    """Run the server with its data in `folder`; yield the port of its S3 interface, which speaks plain http."""
+    """Run the server with its data in `folder` and one bucket; yield the port of its S3 interface (plain http)."""
     program = shutil.which("weed") or str(Path(sys.executable).parent / "weed")
     keys = {"identities": [_identity(*WRITER, "Admin"), _identity(*READER, "Read", "List")]}
     (folder / "keys.json").write_text(json.dumps(keys))
@@ -42,6 +45,10 @@ def seaweed(folder: Path) -> Iterator[int]:
         )  # fmt: skip
     try:
         _wait_until_healthy(server, s3, folder / "log")
+        S3Store(
+            BUCKET, endpoint=f"http://127.0.0.1:{s3}", access_key_id=WRITER[0], secret_access_key=WRITER[1],
+            client_options={"allow_http": True},
+        ).put("made", b"")  # fmt: skip
         yield s3
     finally:
         server.terminate()

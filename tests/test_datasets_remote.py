@@ -13,7 +13,7 @@ import bagit
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from obstore.store import LocalStore, MemoryStore
+from obstore.store import MemoryStore
 
 from focal.cli import main
 from focal.datasets import Collection, find_collections, is_committed, open_collection, remote, verify_collection
@@ -25,7 +25,7 @@ from focal.datasets.store import episode_arrays
 from focal.datasets.transfer import PushReport, pull_bundle, push_bundle
 from focal.errors import FocalError, UsageError
 
-from .object_store import READER, WRITER, Link, lying_server, seaweed
+from .object_store import BUCKET, READER, WRITER, Link, lying_server, seaweed
 
 NAME = "point-1.0.0"
 TAG_FILES = ["bag-info.txt", "bagit.txt", "croissant.json", "manifest-sha256.txt", "tagmanifest-sha256.txt"]
@@ -48,7 +48,7 @@ def link(server) -> Link:
 def s3(link, monkeypatch, request) -> str:
     """A URL of this test alone, reached through `link` with the writer's key."""
     use(monkeypatch, link.endpoint)
-    return f"s3://shared/{request.node.name.replace('[', '-').rstrip(']')}"
+    return f"s3://{BUCKET}/{request.node.name.replace('[', '-').rstrip(']')}"
 
 
 @pytest.fixture
@@ -617,5 +617,21 @@ def test_relabel_and_policies_from_afar(s3, small, bundles, tmp_path):
     assert open_collection(url).read_file("README.md", 10**5) == (small.path / "README.md").read_bytes()
 
 
-def test_local_store_is_what_file_urls_mean(tmp_path):
-    assert isinstance(connect(f"file://{tmp_path}").store, LocalStore)
+@pytest.mark.slow
+def test_train_and_test_straight_from_the_store(s3, link, tmp_path, monkeypatch):
+    """A run on the URL is the run on the folder; what it trains on is fetched once for all its seeds."""
+    monkeypatch.chdir(tmp_path)
+    cli("data", "generate", "--env", "point", "--scale", "smoke")
+    cli("bundle", "pack", "--author", "Ada", "-o", "x.zip")
+    url = json.loads(cli("bundle", "push", "x.zip", s3, "--json"))["url"]
+    link.reset()
+    for where, name in ((url, "far"), ("stores/sparse-point-robot", "near")):
+        cli("train", "--collection", where, "--data", "mixed", "--seeds", 2, "--name", name)
+    asked = [path for path in link.asked("GET") if "/observations/c/" in path]
+    assert len(set(asked)) == len(open_collection(url).tasks)
+    trained = {f"{entry.folder}/observations/c/0/0" for entry in open_collection(url).train_tasks()}
+    assert all(sum(path.endswith(name) for path in asked) == 1 for name in trained)
+    far = json.loads(cli("test", "runs/far", "--episodes", 2, "--no-figures", "--stores", "none", "--json"))
+    near = json.loads(cli("test", "runs/near", "--episodes", 2, "--no-figures", "--json"))
+    assert far["seeds"] == near["seeds"]
+    assert "expert" in far["seeds"]["0"]["conditions"]
