@@ -295,9 +295,8 @@ def _end(count: int, size: int, place: int) -> bytes:
     end = _END.pack(b"PK\5\6", 0, 0, few, few, short, near, 0)
     if (few, short, near) == (count, size, place) and few < _MAX16 and _MAX32 not in (short, near):
         return end
-    record = _END64.pack(
-        b"PK\6\6", _END64.size - 12, _UNIX | _VERSION64, _VERSION64, 0, 0, count, count, size, place
-    )  # fmt: skip
+    size64 = _END64.size - 12  # without the signature and this number
+    record = _END64.pack(b"PK\6\6", size64, _VERSION64, _VERSION64, 0, 0, count, count, size, place)
     return record + _LOCATOR64.pack(b"PK\6\7", 0, place + size, 1) + end
 
 

@@ -73,7 +73,7 @@ def check_signature(bag: Bag, allowed_signers: Path | None, required: bool = Fal
         trust = verify_signature(str(source), bag.tagmanifest, signature, allowed_signers)
     if required and trust.state != "trusted":
         raise FocalError(
-            f"{source} is {trust}, expected a trusted signer's signature (--require-signature); ask for a signed bundle, "
+            f"{source} is {trust}, expected a trusted signer's signature (--require-signature); ask for a signed one, "
             f'or list the signer in the file of --allowed-signers: WHO namespaces="{NAMESPACE}" ssh-ed25519 AAAA...'
         )
     return trust
