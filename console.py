@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .datagen import Progress as GenerateProgress
-from .datasets import QUALITIES, Collection
-from .datasets.selection import Selection
+from .datasets import QUALITIES, Collection, Selection
 from .evaluation import CONDITIONS, seed_interval
 from .experiment import RunTest, TrainProgress
 
@@ -163,6 +162,8 @@ def collection_document(collection: Collection) -> dict[str, Any]:
         **collection_row(collection),
         "content": collection.content_hash,
         "authors": list(collection.authors),
+        "created": collection.created,
+        "derived_from": [dict(origin) for origin in collection.derived_from],
         "settings": dict(collection.settings),
         "quality": quality_rows(collection),
         "tasks_detail": task_rows(collection),
@@ -210,6 +211,9 @@ def print_collection(collection: Collection, tasks: bool = False) -> None:
     console.print(f"[bold]{escape(collection.name)}[/] {place}")
     by = escape(", ".join(collection.authors) or "no author given")
     console.print(f"{collection.family}, train / test tasks {row['tasks']}, licence {row['licence']}, by {by}")
+    for origin in collection.derived_from:
+        named = " ".join(str(origin.get(key, "?"))[:40] for key in ("name", "version", "content_hash"))
+        console.print(escape(f"derived from {named}"))
     print_table(quality_rows(collection))
     failed = [entry.index for entry in collection.tasks if not entry.record.references.reached_expert]
     if failed:

@@ -53,6 +53,7 @@ class TrainRequest:
     name: str | None = None
     resume: bool = False
     workers: int = 0  # 0: as many as there are cores
+    cache: Path | None = None  # folder for memory-mapped copies of the chosen episodes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class SeedJob:
     seed: int
     source: RunSource
     resume: bool
+    cache: Path | None
 
 
 class TrainProgress:
@@ -159,11 +161,14 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     run_dir = _run_folder(request, collection)
     settings, seeds = _settings_and_seeds(request, collection, run_dir)
     settings.check()
-    training_data(collection, request.quality, run_dir.parent)  # fails here, before any process starts
+    cache = request.cache
+    if cache is None and not isinstance(collection.source, Folder):
+        cache = run_dir.parent / ".cache"  # far away: fetched once for all seeds and runs
+    training_data(collection, request.quality, cache)  # fails here, before any process starts
     where = request.collection.resolve() if isinstance(request.collection, Path) else request.collection
     source = RunSource(collection.name, str(where), request.quality, seeds, provenance())
     jobs = {
-        seed: SeedJob(run_dir, request.collection, request.quality, settings, seed, source, request.resume)
+        seed: SeedJob(run_dir, request.collection, request.quality, settings, seed, source, request.resume, cache)
         for seed in seeds
     }
     progress.begin(run_dir, seeds, settings.total_steps)
@@ -188,7 +193,7 @@ def resume_command(run_dir: Path, source: RunSource) -> str:
 def train_seed(job: SeedJob, report: Any) -> None:
     """Train one seed in this process."""
     collection = open_collection(job.collection)
-    data = training_data(collection, job.quality, job.run_dir.parent)
+    data = training_data(collection, job.quality, job.cache)
     tests = _test_tasks_or_none(collection, job.quality)
     last = [0.0]
 
@@ -211,13 +216,9 @@ def _test_tasks_or_none(collection: Collection, quality: str) -> TestTasks | Non
     return select_test_tasks(collection, quality) if have else None
 
 
-def training_data(collection: Collection, quality: str, runs: Path) -> TrainingData:
-    """Load the training tasks' transitions of one quality, held-out episodes excluded.
-
-    From an object store each task is fetched once for all seeds and runs, and kept in RUNS/.cache.
-    """
-    on_disk = isinstance(collection.source, Folder)
-    loaded = collection.load_training(quality, cache=None if on_disk else runs / ".cache")
+def training_data(collection: Collection, quality: str, cache: Path | None = None) -> TrainingData:
+    """Load the training tasks' transitions of one quality, held-out episodes excluded; see `load_training`."""
+    loaded = collection.load_training(quality, cache=cache)
     family = get_family(collection.family)
     return TrainingData(
         family=collection.family,

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -195,16 +195,26 @@ def decode_array(files: Iterator[tuple[str, bytes]], where: str, layout: Layout,
     filled = 0
     for number, _ in wanted_chunks(layout, rows):
         start = number * layout.chunk_rows
-        data = _decode_chunk(next(files)[1], where, number, layout)
-        chunk = np.frombuffer(data, layout.dtype).reshape(layout.chunk_rows, *layout.shape[1:])
-        chunk = chunk[: layout.shape[0] - start]
-        kept = chunk if rows is None else chunk[rows[start : start + len(chunk)]]
-        values[filled : filled + len(kept)] = kept
-        filled += len(kept)
+        wanted = None if rows is None else rows[start : start + layout.chunk_rows]
+        frame = _check_frame(next(files)[1], where, number, layout)
+        whole = start + layout.chunk_rows <= layout.shape[0] and (wanted is None or wanted.all())
+        chunk = values[filled : filled + layout.chunk_rows] if whole else np.empty(_chunk_shape(layout), layout.dtype)
+        try:
+            blosc.decompress(frame, chunk)
+        except (RuntimeError, ValueError) as error:
+            raise damaged(where, number, "blosc cannot decode it") from error
+        if not whole:
+            chunk = chunk[: layout.shape[0] - start] if wanted is None else chunk[: len(wanted)][wanted]
+            values[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
     return values
 
 
-def _decode_chunk(stored: bytes, where: str, number: int, layout: Layout) -> bytes:
+def _chunk_shape(layout: Layout) -> tuple[int, ...]:
+    return (layout.chunk_rows, *layout.shape[1:])
+
+
+def _check_frame(stored: bytes, where: str, number: int, layout: Layout) -> bytes:
     frame, checksum = stored[:-_CHECKSUM], stored[-_CHECKSUM:]
     if google_crc32c.value(frame).to_bytes(_CHECKSUM, "little") != checksum:
         raise damaged(where, number, "its crc32c does not match")
@@ -213,10 +223,7 @@ def _decode_chunk(stored: bytes, where: str, number: int, layout: Layout) -> byt
     sizes = int.from_bytes(frame[4:8], "little"), int.from_bytes(frame[12:16], "little")
     if len(frame) < _BLOSC_HEADER or sizes != (layout.chunk_bytes, len(frame)):
         raise damaged(where, number, f"its blosc frame claims {sizes[0]} bytes, expected {layout.chunk_bytes}")
-    try:
-        return cast(bytes, blosc.decompress(frame))
-    except (RuntimeError, ValueError) as error:
-        raise damaged(where, number, "blosc cannot decode it") from error
+    return frame
 
 
 def damaged(where: str, chunk: int, why: str) -> FocalError:
