@@ -309,19 +309,21 @@ def verify_(
 
 
 @bundle.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder. [default: STORES/FAMILY]")
 @receiving
 @stores_option
 @json_option
 def unpack(
-    path: Path, output: Path | None, allowed_signers: Path | None, require_signature: bool, max_size: int,
+    path: Path | str, output: Path | None, allowed_signers: Path | None, require_signature: bool, max_size: int,
     stores: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Verify a bundle, then unpack its collection."""
     from .bars import ByteBar
     from .datasets.bundle import unpack_bundle
 
+    if isinstance(path, str):
+        raise UsageError(f"{path} is on an object store; fetch it: focal-cli bundle pull {shlex.quote(path)}")
     with ByteBar("unpacking") as bar:
         collection, report = unpack_bundle(
             path, output, stores, _allowed_signers(allowed_signers), require_signature, max_size, bar

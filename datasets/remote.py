@@ -37,7 +37,7 @@ _RETRIES = {
     "retry_timeout": timedelta(minutes=3),
     "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=10), "base": 2},
 }
-_CONTINUE = "run the same command again: what is finished is kept"
+_CONTINUE = "run the same command again"
 _KEYS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -184,6 +184,7 @@ def connect(url: str, create: bool = False) -> Remote:
     if parts.scheme not in SCHEMES or not (parts.netloc or parts.path.strip("/")):
         expected = "s3://BUCKET/PATH (gs://, az:// and file:// work too)"
         raise UsageError(f"'{url}' names no object store, expected {expected}")
+    _check_environment()
     try:
         from obstore.store import from_url
     except ImportError:
@@ -197,6 +198,15 @@ def connect(url: str, create: bool = False) -> Remote:
     url = url.rstrip("/")
     with asking(url):
         return Remote(url, from_url(url, **options))
+
+
+def _check_environment() -> None:
+    """Refuse what makes obstore's library abort the whole program."""
+    for name, value in os.environ.items():
+        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")) and not value.isprintable():
+            raise UsageError(f"{name} holds a line break or another control character; export it again without")
+    if (endpoint := _endpoint()) and not re.match(r"https?://[^/]", endpoint):
+        raise UsageError("AWS_ENDPOINT_URL is no URL, expected for example https://s3.example.org; export it again")
 
 
 def _http_allowed() -> bool:
@@ -218,9 +228,10 @@ def asking(url: str, name: str = "") -> Iterator[None]:
         yield
     except FocalError:
         raise
-    except Exception as error:
-        if not isinstance(error, _exceptions().BaseError | OSError | ValueError | NotImplementedError):
-            raise  # our own mistake
+    except BaseException as error:
+        expected = _exceptions().BaseError | OSError | ValueError | NotImplementedError
+        if not isinstance(error, expected) and type(error).__name__ != "PanicException":  # a panic of the Rust library
+            raise
         # not `from error`: its text quotes the server's answer, and that may quote the key
         raise _explain(url, name, error) from None
 
@@ -231,7 +242,7 @@ def _exceptions() -> Any:
     return exceptions
 
 
-def _explain(url: str, name: str, error: Exception) -> FocalError:
+def _explain(url: str, name: str, error: BaseException) -> FocalError:
     """Say what was found, what was expected and what to do; of the server's answer only its status and error code."""
     text, kind = str(error), type(error).__name__
     code, status = _first(r"<Code>(\w{1,60})</Code>", text), _first(r"status code: (\d{3})", text)

@@ -69,6 +69,8 @@ from .storage import (
 
 _DOCUMENT = f"{PAYLOAD}/{DOCUMENT}"
 _PARTIAL, _HELD = "partial", f"{DOCUMENT}.unverified"
+_CLAIMS = (MANIFEST, *(name for name in TAG_FILES if name != MANIFEST))
+"""Tag files in the order of their pushing: all pushers meet at the same one first, and one of them wins."""
 _UPLOADS = 8
 """Files in memory at once while pushing."""
 
@@ -101,9 +103,9 @@ def push_bundle(path: Path, url: str, progress: Progress | None = None) -> PushR
     sizes, there = bag.source.sizes(), remote.sizes()
     _refuse_another(bag, sizes, remote, there)
     missing = _missing(bag, sizes, remote, there)
-    for name in (MANIFEST, *(name for name in TAG_FILES if name != MANIFEST)):
+    for name in _CLAIMS:
         if name in missing:
-            _create(bag, remote, name, sizes[name])
+            _create(bag, remote, name)
     payload = [name for name in missing if name.startswith(f"{PAYLOAD}/") and name != _DOCUMENT]
     whole = sum(size for name, size in sizes.items() if name.startswith(f"{PAYLOAD}/"))
     advance = copying(progress, whole, after=2)
@@ -112,15 +114,15 @@ def push_bundle(path: Path, url: str, progress: Progress | None = None) -> PushR
         advance(size)
     for name in (_DOCUMENT, SIGNATURE, TAGMANIFEST):
         if name in missing:
-            _create(bag, remote, name, sizes[name])
+            _create(bag, remote, name)
     return PushReport(remote.url, len(sizes), len(missing), sum(sizes[name] for name in missing))
 
 
 def _refuse_another(bag: Bag, sizes: Mapping[str, int], remote: Remote, there: Mapping[str, int]) -> None:
     """Refuse a place where something else is, even if it is not complete."""
-    for name in (MANIFEST, *TAG_FILES, TAGMANIFEST, SIGNATURE, _DOCUMENT):
+    for name in (*_CLAIMS, TAGMANIFEST, SIGNATURE, _DOCUMENT):
         if name in there and name in sizes:
-            _compare(bag, remote, name, there[name])
+            _compare(bag, remote, name)
     if extra := sorted({*there} - {*sizes, SIGNATURE}):
         raise FocalError(
             f"{remote} has an object {extra[0]!r} that is no part of this bundle, expected its files only; delete it, "
@@ -148,15 +150,14 @@ def _upload(bag: Bag, remote: Remote, name: str) -> int:
     return len(data)
 
 
-def _create(bag: Bag, remote: Remote, name: str, size: int) -> None:
-    """Write a file that decides which bundle this is. Raises `FocalError` where another writer was first."""
-    if not remote.create(name, bag.source.read(name, size)):
-        _compare(bag, remote, name, size)
+def _create(bag: Bag, remote: Remote, name: str) -> None:
+    """Write a file that says which bundle this is. Raises `FocalError` where another writer was first."""
+    if not remote.create(name, bag.source.read(name, MAX_FILE_BYTES)):
+        _compare(bag, remote, name)
 
 
-def _compare(bag: Bag, remote: Remote, name: str, size: int) -> None:
-    data = bag.source.read(name, MAX_FILE_BYTES)
-    if size == len(data) and remote.read(name, size) == data:
+def _compare(bag: Bag, remote: Remote, name: str) -> None:
+    if remote.sha256(name) == bag.source.sha256(name):
         return
     if name == SIGNATURE:
         raise FocalError(f"{remote} is signed already, and not as {bag.source} is; to replace it, delete its {name}")
@@ -178,8 +179,8 @@ def pull_bundle(
 ) -> tuple[Collection, BundleReport]:
     """Download the bundle at `url`, verify it, and put its collection into the folder `target` (STORES/FAMILY).
 
-    Signature, names, sizes and room are checked before a byte of the payload is asked for, then `announce` is told what
-    comes and who signed it. After a cut or a kill the same call goes on: finished files stay, an unfinished one
+    Signature, names and sizes are checked and `announce` is told what comes and who signed it, before any data but
+    dataset.json are asked for. After a cut or a kill the same call goes on: finished files stay, an unfinished one
     continues at its last byte. Nothing that opens as a collection is there before every byte is verified, and nothing
     is ever replaced. `progress` counts every byte three times: once downloading, twice verifying. Raises `FocalError`.
     """
@@ -238,12 +239,16 @@ def _header(bag: Bag) -> CollectionHeader:
 
 @contextlib.contextmanager
 def _locked(staging: Path, target: Path) -> Iterator[None]:
-    """Keep a second pull out of the same folder; a kill gives it free."""
+    """Keep a second pull out of the same folder; a kill gives it free. Nothing downloaded leaves no folder behind."""
     with writing(staging):
         descriptor = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it is not empty, or moved
+                staging.rmdir()
     except BlockingIOError as error:
         raise FocalError(f"another process is pulling this bundle to {target}; wait until it has finished") from error
     finally:

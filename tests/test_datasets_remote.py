@@ -1,6 +1,7 @@
 """Collections and bundles on an object store: a real S3 server, a connection that breaks, a process that is killed."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -379,6 +380,20 @@ def test_nobody_answers(monkeypatch, impatient, bundles, tmp_path):
     assert "127.0.0.1:9" in refused(lambda: connect("s3://bucket/x").sizes())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:8333", "AWS_ENDPOINT_URL is no URL"),
+        ("AWS_ACCESS_KEY_ID", "writer-key\n", "AWS_ACCESS_KEY_ID holds a line break"),
+        ("AWS_SESSION_TOKEN", "\x07", "AWS_SESSION_TOKEN holds a line break or another control"),
+    ],
+)
+def test_an_environment_that_would_crash_the_library(name, value, words, monkeypatch):
+    use(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setenv(name, value)
+    assert words in refused(lambda: open_collection("s3://bucket/x"), UsageError)
+
+
 def test_plain_http_is_for_this_machine_only(monkeypatch):
     use(monkeypatch, "http://192.0.2.1:1")
     assert "AWS_ALLOW_HTTP=true" in refused(lambda: connect("s3://bucket/x").sizes())
@@ -424,6 +439,27 @@ def test_nothing_of_the_payload_is_asked_for_before_it_is_wanted(s3, link, bundl
     assert told == []
     assert payload(link.asked("GET")) == set()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed")
+def test_a_signature_travels_along(s3, link, small, bundles, tmp_path):
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    trusted = tmp_path / "allowed_signers"
+    trusted.write_text(f"ada@example.org {key.with_suffix('.pub').read_text()}")
+    signed, _ = pack_bundle(small.path, tmp_path / "signed.zip", signing_key=key)
+    url = push_bundle(signed, s3).url
+    puts = [path.partition(f"/{NAME}/")[2] for path in link.asked("PUT")]
+    assert puts[-2:] == ["tagmanifest-sha256.txt.sig", "tagmanifest-sha256.txt"], "no reader may see it unsigned"
+    _, report = pull_bundle(url, tmp_path / "x", allowed_signers=trusted, require_signature=True)
+    assert str(report.trust) == "signed by ada@example.org (trusted)"
+    assert push_bundle(bundles["small"], s3).sent == 0, "the same bundle, unsigned, changes nothing"
+
+    connect(url).put("tagmanifest-sha256.txt.sig", b"forged", "")
+    link.reset()
+    assert "is no good signature" in refused(lambda: pull_bundle(url, tmp_path / "y"))
+    assert payload(link.asked("GET")) == set()
+    assert "is signed already, and not as" in refused(lambda: push_bundle(signed, s3))
 
 
 @pytest.mark.parametrize(
@@ -607,6 +643,7 @@ def test_commands(s3, small, bundles, tmp_path):
     assert pulled["content_hash"] == small.content_hash
     cli("data", "show", f"{s3}/nothing", code=1)
     cli("data", "show", "ftp://host/x", code=2)
+    cli("bundle", "unpack", url, code=2)
 
 
 def test_relabel_and_policies_from_afar(s3, small, bundles, tmp_path):
