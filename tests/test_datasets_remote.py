@@ -520,7 +520,7 @@ def test_a_pull_that_is_cut_goes_on_at_the_last_byte(s3, link, impatient, large,
     assert not any(is_committed(path) for path in [staging, *staging.rglob("*")] if path.is_dir())
     finished = {name.removeprefix("data/") for name in list_files(staging) if name.startswith("data/")}
     kept = sum(list_files(staging).values())
-    assert kept > 2.5 * 10**6
+    assert kept > 1.5 * 10**6, "a piece per file may be lost, and what was on the way"
     assert any(size > 10**5 for name, size in list_files(staging).items() if name.startswith("partial/"))
     link.reset()
     assert pull_bundle(url, tmp_path / "x")[0].content_hash == large.content_hash
@@ -561,7 +561,7 @@ def test_a_killed_pull_goes_on(s3, link, large, bundles, tmp_path):
     [staging] = tmp_path.iterdir()
     assert not any(is_committed(path) for path in [staging, *staging.rglob("*")] if path.is_dir())
     kept = sum(list_files(staging).values())
-    assert kept > 10**6
+    assert kept > 3 * 10**5
     link.reset()
     assert pull_bundle(url, tmp_path / "x")[0].content_hash == large.content_hash
     assert link.down < sum(size for size, _ in large.files.values()) - kept + 100_000
