@@ -250,7 +250,7 @@ def receiving(command: Callable[..., Any]) -> Callable[..., Any]:
 def _bytes(context: click.Context, parameter: click.Parameter, value: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", value)
     if not match:
-        raise UsageError(f"--{parameter.name} got '{value}', expected a size, for example --max-size 50GB")
+        raise UsageError(f"{parameter.opts[0]} got '{value}', expected a size, for example --max-size 50GB")
     return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
 
 

@@ -136,14 +136,15 @@ def open_archive(path: Path, max_size: int) -> Archive:
 
     Raises `FocalError` naming the first entry that is wrong, and how.
     """
-    with reading(path), open(path, "rb", buffering=0) as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise FocalError(f"{path} is no plain file, expected a bundle's file or folder")
+    with reading(path):
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # opening a pipe would wait for ever
+            raise FocalError(f"{path} is no plain file, expected a bundle's file or folder; {FETCH_AGAIN}")
         if facts.st_size > max_size:
             raise FocalError(f"{path} has {facts.st_size} bytes, more than the {max_size} allowed; raise --max-size")
-        count, directory, size = _read_end(path, file, facts.st_size)
-        top, entries = _read_directory(path, file, count, directory, size)
+        with open(path, "rb", buffering=0) as file:
+            count, directory, size = _read_end(path, file, facts.st_size)
+            top, entries = _read_directory(path, file, count, directory, size)
     return Archive(path, top, entries)
 
 

@@ -61,7 +61,7 @@ class BundleReport:
 
 def pack_bundle(
     collection: Path | str,
-    out: Path | None = None,
+    out: Path | str | None = None,
     signing_key: Path | None = None,
     as_folder: bool = False,
     authors: Sequence[str] = (),
@@ -79,7 +79,7 @@ def pack_bundle(
     """
     opened = open_collection(collection)
     named = _authors(opened, authors)
-    out = out or Path(bag_name(opened) + ("" if as_folder else ".focal.zip"))
+    out = Path(out or bag_name(opened) + ("" if as_folder else ".focal.zip"))
     _check_outside(out, collection)
     if out.is_dir() and not as_folder:
         raise UsageError(f"{out} is a folder; name the file: -o {quoted(out / (bag_name(opened) + '.focal.zip'))}")
@@ -112,9 +112,9 @@ def verify_bundle(
 
 
 def unpack_bundle(
-    path: Path,
-    target: Path | None = None,
-    stores: Path = Path("stores"),
+    path: Path | str,
+    target: Path | str | None = None,
+    stores: Path | str = "stores",
     allowed_signers: Path | None = None,
     require_signature: bool = False,
     max_size: int = MAX_SIZE,
@@ -129,10 +129,12 @@ def unpack_bundle(
     """
     progressing = verifying(progress)
     bag, collection, report = _verify(path, allowed_signers, require_signature, max_size, progressing)
-    target = target or stores / collection.family
+    target = Path(target or Path(stores) / collection.family)
     _check_outside(target, path)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        return already_unpacked(target, bag)[0], report
+        there = open_unpacked(target, bag)
+        verify_collection(there)
+        return there, report
     check_room(target, bag)
     make_folder(target.parent)
     remove_temporaries(target.parent, target.name)
@@ -143,7 +145,7 @@ def unpack_bundle(
             data = read_checked(collection.source, name, MAX_FILE_BYTES, bag.files[f"{PAYLOAD}/{name}"])
             write_file(folder / name, data)
             advance(len(data))
-    return open_collection(target), report
+    return _open_unpacked(target, bag, collection), report
 
 
 def open_bundle(path: Path | str, max_size: int = MAX_SIZE) -> Bag:
@@ -252,16 +254,14 @@ def _write_bundle(
             write_file(folder / name, read(name))
 
 
-def already_unpacked(target: Path, bag: Bag) -> tuple[Collection, VerifyReport]:
-    """The collection at `target`, verified, if it is the bundle's."""
-    document = f"{PAYLOAD}/{DOCUMENT}"
-    if not is_committed(target) or Folder(target).sha256(DOCUMENT) != bag.files[document]:
+def open_unpacked(target: Path, bag: Bag) -> Collection:
+    """Open the collection at `target`. Raises `FocalError` when it is not the bundle's."""
+    if not is_committed(target) or Folder(target).sha256(DOCUMENT) != bag.files[f"{PAYLOAD}/{DOCUMENT}"]:
         raise FocalError(
             f"{target} exists and is not the collection of this bundle; choose another folder, for example: "
             f"-o {quoted(target.with_name(bag.name))}"
         )
-    there = open_collection(target)
-    return there, verify_collection(there)
+    return open_collection(target)
 
 
 def check_size(bag: Bag, max_size: int) -> None:

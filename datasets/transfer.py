@@ -40,16 +40,16 @@ from .bag import (
 from .bundle import (
     MAX_SIZE,
     BundleReport,
-    already_unpacked,
     bundle_report,
     check_room,
     check_size,
     copying,
     open_bundle,
+    open_unpacked,
     verifying,
 )
 from .collection import Collection
-from .integrity import Progress, VerifyReport
+from .integrity import Progress, VerifyReport, verify_collection
 from .opening import DOCUMENT, PAYLOAD, open_collection
 from .records import CollectionHeader
 from .remote import SIDE_BY_SIDE, Remote, connect, open_bag_at
@@ -89,7 +89,7 @@ class PushReport:
     """and their bytes."""
 
 
-def push_bundle(path: Path, url: str, progress: Progress | None = None) -> PushReport:
+def push_bundle(path: Path | str, url: str, progress: Progress | None = None) -> PushReport:
     """Verify a bundle, file or folder, and upload it to `url`/NAME-VERSION/.
 
     After a cut the same call uploads what is missing. A bundle that is there already is left alone, and another one
@@ -169,9 +169,9 @@ def _compare(bag: Bag, remote: Remote, name: str) -> None:
 
 def pull_bundle(
     url: str,
-    target: Path | None = None,
-    stores: Path = Path("stores"),
-    allowed_signers: Path | None = None,
+    target: Path | str | None = None,
+    stores: Path | str = "stores",
+    allowed_signers: Path | str | None = None,
     require_signature: bool = False,
     max_size: int = MAX_SIZE,
     progress: Progress | None = None,
@@ -188,12 +188,13 @@ def pull_bundle(
     bag = read_bag(remote)
     trust = check_signature(bag, allowed_signers, require_signature)
     check_size(bag, max_size)
-    target = target or stores / _header(bag).family
+    target = Path(target or Path(stores) / _header(bag).family)
     if announce:
         announce(bag, trust)
     staging = target.parent / f".pull-{target.name}-{sha256_of(bag.tagmanifest)[:16]}"
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        collection, verified = already_unpacked(target, bag)
+        collection = open_unpacked(target, bag)
+        verified = verify_collection(collection)
     else:
         make_folder(staging)
         with _locked(staging, target):

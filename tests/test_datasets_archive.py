@@ -8,6 +8,7 @@ Hostile files are made with Python's zipfile, or by editing bytes at the places 
     end              signature 0, disks 4 6, counts 8 10, directory size 12, place 16, comment 20
 """
 
+import os
 import shutil
 import stat
 import struct
@@ -187,6 +188,8 @@ def test_what_is_no_bundle(tmp_path):
         refused(lambda: open_archive(tmp_path / "x", LIMIT))
     with pytest.raises(FocalError, match="cannot read"):
         open_archive(tmp_path / "nothing", LIMIT)
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no plain file" in refused(lambda: open_archive(tmp_path / "pipe", LIMIT))
     with zipfile.ZipFile(tmp_path / "empty", "w"):
         pass
     assert "holds no folder" in message_of(tmp_path / "empty")
