@@ -145,7 +145,7 @@ def unpack_bundle(
             data = read_checked(collection.source, name, MAX_FILE_BYTES, bag.files[f"{PAYLOAD}/{name}"])
             write_file(folder / name, data)
             advance(len(data))
-    return _open_unpacked(target, bag, collection), report
+    return open_unpacked(target, bag), report
 
 
 def open_bundle(path: Path | str, max_size: int = MAX_SIZE) -> Bag:

@@ -171,7 +171,7 @@ def pull_bundle(
     url: str,
     target: Path | str | None = None,
     stores: Path | str = "stores",
-    allowed_signers: Path | str | None = None,
+    allowed_signers: Path | None = None,
     require_signature: bool = False,
     max_size: int = MAX_SIZE,
     progress: Progress | None = None,
