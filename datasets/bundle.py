@@ -89,10 +89,10 @@ def pack_bundle(
     if signing_key:  # asks for its passphrase before the long work, and before a progress bar fills the terminal
         tags[SIGNATURE] = sign(tags[TAGMANIFEST], signing_key)
         trust = verify_signature(str(signing_key), tags[TAGMANIFEST], tags[SIGNATURE])
-    verified = verify_collection(opened, _two_thirds(progress))
+    verified = verify_collection(opened, verifying(progress))
     if not _is_packed(out, tags, as_folder):
         _write_bundle(opened, payload, tags, out, as_folder, progress)
-    return out, _report(out, opened, named, trust, verified)
+    return out, bundle_report(out, opened, named, trust, verified)
 
 
 def verify_bundle(
@@ -102,7 +102,7 @@ def verify_bundle(
     max_size: int = MAX_SIZE,
     progress: Progress | None = None,
 ) -> BundleReport:
-    """Verify every byte of a bundle, file or folder, in place: signature, listing, checksums, the collection itself.
+    """Verify every byte of a bundle, file, folder or URL, in place: signature, listing, checksums, the collection.
 
     `allowed_signers` is the file of trusted keys, `max_size` the most bytes it may have; `progress(done, total)` counts
     every byte twice. Raises `FocalError` naming the first thing that is wrong, or a signature that is not good (or,
@@ -127,38 +127,42 @@ def unpack_bundle(
     verified and kept, anything else is never replaced. `progress` counts every byte three times; the rest as for
     `verify_bundle`. Raises `FocalError`.
     """
-    progressing = _two_thirds(progress)
+    progressing = verifying(progress)
     bag, collection, report = _verify(path, allowed_signers, require_signature, max_size, progressing)
     target = Path(target or Path(stores) / collection.family)
     _check_outside(target, path)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        there = _open_unpacked(target, bag, collection)
-        verify_collection(there)
-        return there, report
-    _check_room(target, bag)
+        return already_unpacked(target, bag)[0], report
+    check_room(target, bag)
     make_folder(target.parent)
     remove_temporaries(target.parent, target.name)
-    advance = _last_third(progress, bag.payload_bytes)
+    advance = copying(progress, bag.payload_bytes, after=2)
     names = [name.removeprefix(f"{PAYLOAD}/") for name in bag.files if name.startswith(f"{PAYLOAD}/")]
     with new_folder(target) as folder:
         for name in sorted(names, key=lambda name: (name == DOCUMENT, name)):  # dataset.json, the commit point, last
             data = read_checked(collection.source, name, MAX_FILE_BYTES, bag.files[f"{PAYLOAD}/{name}"])
             write_file(folder / name, data)
             advance(len(data))
-    return _open_unpacked(target, bag, collection), report
+    unpacked = open_collection(target)
+    if unpacked.content_hash != collection.content_hash:  # somebody else's folder came there first
+        raise FocalError(f"{target} has another content hash than {path}; choose another folder with -o")
+    return unpacked, report
 
 
 def open_bundle(path: Path | str, max_size: int = MAX_SIZE) -> Bag:
-    """Check the structure of a bundle, file or folder, of at most `max_size` bytes; its payload is not read."""
+    """Check the structure of a bundle, file, folder or URL, of at most `max_size` bytes; its payload is not read."""
+    if "://" in str(path):
+        from .remote import open_bag_at  # an optional dependency
+
+        bag = read_bag(open_bag_at(str(path)))
+        check_size(bag, max_size)
+        return bag
     path = Path(path)
     if path.is_dir():
         if is_committed(path):
             raise FocalError(f"{path} is a collection, no bundle; pack it: focal-cli bundle pack {quoted(path)}")
         bag = read_bag(Folder(path))
-        if bag.payload_bytes > max_size:
-            raise FocalError(
-                f"{path} has {bag.payload_bytes} bytes, more than the {max_size} allowed; raise --max-size"
-            )
+        check_size(bag, max_size)
         return bag
     if not path.exists():
         raise FocalError(f"no bundle at {path}; make one: focal-cli bundle pack COLLECTION -o {quoted(path)}")
@@ -173,10 +177,10 @@ def _verify(
     trust = check_signature(bag, allowed_signers, require_signature)
     collection = open_bag(bag)
     verified = verify_opened(collection, progress)
-    return bag, collection, _report(path, collection, bag.authors, trust, verified)
+    return bag, collection, bundle_report(path, collection, bag.authors, trust, verified)
 
 
-def _report(
+def bundle_report(
     path: Path | str, collection: Collection, authors: Sequence[str], trust: Trust, verified: VerifyReport
 ) -> BundleReport:
     return BundleReport(
@@ -233,7 +237,7 @@ def _write_bundle(
     as_folder: bool,
     progress: Progress | None,
 ) -> None:
-    advance = _last_third(progress, sum(size for size, _ in payload.values()))
+    advance = copying(progress, sum(size for size, _ in payload.values()), after=2)
 
     def read(name: str) -> bytes:
         if name in tags:
@@ -251,19 +255,29 @@ def _write_bundle(
             write_file(folder / name, read(name))
 
 
-def _open_unpacked(target: Path, bag: Bag, collection: Collection) -> Collection:
-    """Open the collection at `target`. Raises `FocalError` when it is not the bundle's."""
-    if not is_committed(target) or Folder(target).sha256(DOCUMENT) != bag.files[f"{PAYLOAD}/{DOCUMENT}"]:
+def already_unpacked(target: Path, bag: Bag) -> tuple[Collection, VerifyReport]:
+    """The collection at `target`, verified, if it is the bundle's."""
+    document = f"{PAYLOAD}/{DOCUMENT}"
+    if not is_committed(target) or Folder(target).sha256(DOCUMENT) != bag.files[document]:
         raise FocalError(
             f"{target} exists and is not the collection of this bundle; choose another folder, for example: "
-            f"-o {quoted(target.with_name(bag_name(collection)))}"
+            f"-o {quoted(target.with_name(bag.name))}"
         )
-    return open_collection(target)
+    there = open_collection(target)
+    return there, verify_collection(there)
 
 
-def _check_room(target: Path, bag: Bag) -> None:
-    """Refuse before writing when the disk has no room for every file, rounded up to whole blocks."""
-    needed = sum(-(-size // _BLOCK) * _BLOCK for size in bag.source.sizes().values())
+def check_size(bag: Bag, max_size: int) -> None:
+    """Refuse a bundle whose payload is larger than the receiver allows."""
+    if bag.payload_bytes > max_size:
+        raise FocalError(
+            f"{bag.source} has {bag.payload_bytes} bytes, more than the {max_size} allowed; raise --max-size"
+        )
+
+
+def check_room(target: Path, bag: Bag, written: int = 0) -> None:
+    """Refuse when the disk has no room for what is not `written` yet, every file rounded up to whole blocks."""
+    needed = -written + sum(-(-size // _BLOCK) * _BLOCK for size in bag.source.sizes().values())
     ancestor = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
     if (free := shutil.disk_usage(ancestor).free) < needed:
         raise DiskFullError(
@@ -272,14 +286,14 @@ def _check_room(target: Path, bag: Bag) -> None:
         )
 
 
-def _two_thirds(progress: Progress | None) -> Progress | None:
-    """Verifying, which counts every byte twice, as the first part of a work that then copies every byte."""
-    return progress and (lambda done, total: progress(done, total * 3 // 2))
+def verifying(progress: Progress | None, after: int = 0) -> Progress | None:
+    """Verifying, which counts every byte twice, as two thirds of a work, when `after` thirds of it are done."""
+    return progress and (lambda done, total: progress(done + after * total // 2, total * 3 // 2))
 
 
-def _last_third(progress: Progress | None, size: int) -> Callable[[int], None]:
-    """Return a function to call with the bytes of every file copied."""
-    done = 2 * size
+def copying(progress: Progress | None, size: int, after: int) -> Callable[[int], None]:
+    """Return a function to call with the bytes of every file copied, `size` in all: one third of a work, likewise."""
+    done = after * size
 
     def advance(amount: int) -> None:
         nonlocal done
