@@ -165,8 +165,9 @@ def list_(stores: Path, as_json: bool) -> None:
 
 @data.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the returns of all episodes.")
 @json_option
-def show(path: Path, as_json: bool) -> None:
+def show(path: Path, plot: Path | None, as_json: bool) -> None:
     """Show a collection: its card, its tasks, episodes and returns per quality, and what never learnt."""
     from .console import collection_document, print_collection
     from .datasets import open_collection
@@ -176,6 +177,11 @@ def show(path: Path, as_json: bool) -> None:
         click.echo(json.dumps(collection_document(collection), indent=2))
     else:
         print_collection(collection, tasks=True)
+    if plot is not None:
+        from .evaluation.figures import behaviour_data
+
+        behaviour_data(plot, collection)
+        click.echo(f"saved {plot}", err=as_json)
 
 
 @data.command()
@@ -337,12 +343,19 @@ def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
 @click.option("--name", help="Run folder's name. [default: family, quality, algorithm and time]")
 @click.option("--resume", is_flag=True, help="Continue the run NAME (started if it is not there), or the newest run.")
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    envvar="FOCAL_CACHE",
+    help="Folder for memory-mapped copies of the data: less memory, and the next run loads faster.",
+)
 @stores_option
 @runs_option
 @set_option
 def train(
     env_name: str | None, collection: Path | None, quality: str, algo: str, scale: str | None, seed: int, seeds: int,
-    workers: int | None, name: str | None, resume: bool, stores: Path, runs: Path, assignments: Sequence[str],
+    workers: int | None, name: str | None, resume: bool, cache: Path | None, stores: Path, runs: Path,
+    assignments: Sequence[str],
 ) -> None:  # fmt: skip
     """Meta-train on a collection's training tasks."""
     from .console import TrainBars
@@ -351,7 +364,7 @@ def train(
     request = TrainRequest(
         collection=choose_collection(stores, env_name, collection), quality=quality, scale=scale,
         seeds=tuple(range(seed, seed + seeds)), assignments=tuple(assignments), runs=runs, name=name, resume=resume,
-        workers=workers or 0,
+        workers=workers or 0, cache=cache,
     )  # fmt: skip
     with TrainBars() as bars:
         run = train_run(request, bars)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .datagen import Progress as GenerateProgress
-from .datasets import QUALITIES, Collection, Quality, TaskEntry
+from .datasets import QUALITIES, Collection, Selection
 from .evaluation import CONDITIONS, seed_interval
 from .experiment import RunTest, TrainProgress
 
@@ -162,6 +162,8 @@ def collection_document(collection: Collection) -> dict[str, Any]:
         **collection_row(collection),
         "content": collection.content_hash,
         "authors": list(collection.authors),
+        "created": collection.created,
+        "derived_from": [dict(origin) for origin in collection.derived_from],
         "settings": dict(collection.settings),
         "quality": quality_rows(collection),
         "tasks_detail": task_rows(collection),
@@ -171,25 +173,21 @@ def collection_document(collection: Collection) -> dict[str, Any]:
 def quality_rows(collection: Collection) -> list[dict[str, Any]]:
     """Tasks, episodes, transitions and mean return per quality."""
     rows = []
+    tables = [entry.store.read_table() for entry in collection.tasks]
     for quality in QUALITIES:
         counts = [entry.counts[quality] for entry in collection.tasks]
-        returns = [values for entry in collection.tasks if len(values := _returns(entry, quality))]
+        masks = [Selection(quality).mask(table) for table in tables]
+        returns = [table["returns"][mask] for table, mask in zip(tables, masks, strict=True)]
         rows.append(
             {
                 "quality": quality,
                 "tasks": sum(count.episodes > 0 for count in counts),
                 "episodes": sum(count.episodes for count in counts),
                 "transitions": sum(count.steps for count in counts),
-                "mean return": float(np.concatenate(returns).mean()) if returns else None,
+                "mean return": float(np.concatenate(returns).mean()) if any(map(len, returns)) else None,
             }
         )
     return rows
-
-
-def _returns(entry: TaskEntry, quality: str) -> np.ndarray:
-    """Dense returns of a task's episodes, read from its episode table alone."""
-    returns, labels = entry.store.read("episodes/return"), entry.store.read("episodes/quality")
-    return returns if quality == "mixed" else returns[labels == Quality[quality.upper()]]
 
 
 def task_rows(collection: Collection) -> list[dict[str, Any]]:
@@ -214,6 +212,9 @@ def print_collection(collection: Collection, tasks: bool = False) -> None:
     console.print(f"[bold]{escape(collection.name)}[/] {place}")
     by = escape(", ".join(collection.authors) or "no author given")
     console.print(f"{collection.family}, train / test tasks {row['tasks']}, licence {row['licence']}, by {by}")
+    for origin in collection.derived_from:
+        named = " ".join(str(origin.get(key, "?"))[:40] for key in ("name", "version", "content_hash"))
+        console.print(escape(f"derived from {named}"))
     print_table(quality_rows(collection))
     failed = [entry.index for entry in collection.tasks if not entry.record.references.reached_expert]
     if failed:

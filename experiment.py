@@ -52,6 +52,7 @@ class TrainRequest:
     name: str | None = None
     resume: bool = False
     workers: int = 0  # 0: as many as there are cores
+    cache: Path | None = None  # folder for memory-mapped copies of the chosen episodes
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class SeedJob:
     seed: int
     source: RunSource
     resume: bool
+    cache: Path | None
 
 
 class TrainProgress:
@@ -161,7 +163,9 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     training_data(collection, request.quality)  # fails here, before any process starts
     source = RunSource(collection.name, str(request.collection.resolve()), request.quality, seeds, provenance())
     jobs = {
-        seed: SeedJob(run_dir, request.collection, request.quality, settings, seed, source, request.resume)
+        seed: SeedJob(
+            run_dir, request.collection, request.quality, settings, seed, source, request.resume, request.cache
+        )
         for seed in seeds
     }
     progress.begin(run_dir, seeds, settings.total_steps)
@@ -186,7 +190,7 @@ def resume_command(run_dir: Path, source: RunSource) -> str:
 def train_seed(job: SeedJob, report: Any) -> None:
     """Train one seed in this process."""
     collection = open_collection(job.collection)
-    data = training_data(collection, job.quality)
+    data = training_data(collection, job.quality, job.cache)
     tests = _test_tasks_or_none(collection, job.quality)
     last = [0.0]
 
@@ -209,9 +213,9 @@ def _test_tasks_or_none(collection: Collection, quality: str) -> TestTasks | Non
     return select_test_tasks(collection, quality) if have else None
 
 
-def training_data(collection: Collection, quality: str) -> TrainingData:
-    """Load the training tasks' transitions of one quality, held-out episodes excluded."""
-    loaded = collection.load_training(quality)
+def training_data(collection: Collection, quality: str, cache: Path | None = None) -> TrainingData:
+    """Load the training tasks' transitions of one quality, held-out episodes excluded; see `load_training`."""
+    loaded = collection.load_training(quality, cache=cache)
     family = get_family(collection.family)
     return TrainingData(
         family=collection.family,

@@ -1,7 +1,7 @@
 """The dataset format: episodes, task stores, collections. Imports no torch and no gymnasium.
 
 collect   begin_collection -> write_segment ... -> seal_task ... -> commit_collection       collecting.py
-read      open_collection -> Collection.load, load_training, load_context                    collection.py
+read      open_collection -> Collection.select, load, load_training, load_context          collection.py, selection.py
 check     verify_collection                                                                  integrity.py
 re-cut    relabel_collection                                                                 collecting.py
 share     pack_bundle, verify_bundle, unpack_bundle                                          bundle.py
@@ -24,6 +24,7 @@ from .integrity import VerifyReport, verify_collection
 from .opening import find_collections, is_committed, open_collection
 from .quality import QualityRule, checkpoint_scores, draw_heldout, label_checkpoints
 from .records import CollectionHeader, References, TaskRecord
+from .selection import Selection, Subset
 from .tasks import Count, TaskEntry
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "Quality",
     "QualityRule",
     "References",
+    "Selection",
+    "Subset",
     "TaskEntry",
     "TaskRecord",
     "Transitions",

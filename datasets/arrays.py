@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -186,15 +186,25 @@ def read_array(source: Source, folder: str, where: str, layout: Layout, rows: Ar
         wanted = None if rows is None else rows[start : start + layout.chunk_rows]
         if wanted is not None and not wanted.any():
             continue
-        data = _read_chunk(source, f"{folder}/{name}", where, number, layout)
-        chunk = np.frombuffer(data, layout.dtype).reshape(layout.chunk_rows, *layout.shape[1:])
-        kept = chunk[: layout.shape[0] - start] if wanted is None else chunk[: len(wanted)][wanted]
-        values[filled : filled + len(kept)] = kept
-        filled += len(kept)
+        frame = _read_frame(source, f"{folder}/{name}", where, number, layout)
+        whole = start + layout.chunk_rows <= layout.shape[0] and (wanted is None or wanted.all())
+        chunk = values[filled : filled + layout.chunk_rows] if whole else np.empty(_chunk_shape(layout), layout.dtype)
+        try:
+            blosc.decompress(frame, chunk)
+        except (RuntimeError, ValueError) as error:
+            raise damaged(where, number, "blosc cannot decode it") from error
+        if not whole:
+            chunk = chunk[: layout.shape[0] - start] if wanted is None else chunk[: len(wanted)][wanted]
+            values[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
     return values
 
 
-def _read_chunk(source: Source, name: str, where: str, number: int, layout: Layout) -> bytes:
+def _chunk_shape(layout: Layout) -> tuple[int, ...]:
+    return (layout.chunk_rows, *layout.shape[1:])
+
+
+def _read_frame(source: Source, name: str, where: str, number: int, layout: Layout) -> bytes:
     stored = source.read(name, layout.chunk_bytes + _BLOSC_HEADER + _CHECKSUM)
     frame, checksum = stored[:-_CHECKSUM], stored[-_CHECKSUM:]
     if google_crc32c.value(frame).to_bytes(_CHECKSUM, "little") != checksum:
@@ -204,10 +214,7 @@ def _read_chunk(source: Source, name: str, where: str, number: int, layout: Layo
     sizes = int.from_bytes(frame[4:8], "little"), int.from_bytes(frame[12:16], "little")
     if len(frame) < _BLOSC_HEADER or sizes != (layout.chunk_bytes, len(frame)):
         raise damaged(where, number, f"its blosc frame claims {sizes[0]} bytes, expected {layout.chunk_bytes}")
-    try:
-        return cast(bytes, blosc.decompress(frame))
-    except (RuntimeError, ValueError) as error:
-        raise damaged(where, number, "blosc cannot decode it") from error
+    return frame
 
 
 def damaged(where: str, chunk: int, why: str) -> FocalError:

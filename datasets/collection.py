@@ -138,14 +138,12 @@ class Collection:
         """
         by_split = {None: self.tasks, "train": self.train_tasks(), "test": self.test_tasks()}
         entries = by_split[split] if tasks is None else [self.task(index) for index in tasks]
-        if strange := [entry.index for entry in entries if entry not in by_split[split]]:
-            raise FocalError(
-                f"{self.source}: task {strange[0]} is no {split} task, expected one of "
-                f"{ranges([entry.index for entry in by_split[split]])}"
-            )
+        allowed = [entry.index for entry in by_split[split]]
+        if strange := [entry.index for entry in entries if entry.index not in allowed]:
+            raise FocalError(f"{self.source}: task {strange[0]} is no {split} task, expected one of {ranges(allowed)}")
         selection = Selection(quality, heldout, returns, sac_steps)
         subset = selection.apply(entries)
-        if not subset.tables:
+        if not subset.tasks:
             raise FocalError(
                 f"{self.source}: no episode is {selection}, there are {_levels(entries)}; "
                 f"see focal-cli data show {quoted(self.source)}"
@@ -159,14 +157,14 @@ class Collection:
         is none, or when a chunk is damaged, naming task, array and chunk.
         """
         entry = self.task(index)
-        subset = Selection(quality, heldout).apply([entry])
-        if not subset.tables:
+        episodes = Selection(quality, heldout).load(entry)
+        if episodes is None:
             part = "" if heldout is None else " held-out" if heldout else " training"
             raise FocalError(
                 f"{self.source}: task {index} has no{part} '{quality}' episodes, it has {_levels([entry])}; "
                 f"see focal-cli data show {quoted(self.source)}"
             )
-        return subset.load(index)
+        return episodes
 
     def load_training(
         self, quality: str, tasks: Sequence[TaskEntry | int] | None = None, cache: Path | None = None
@@ -184,24 +182,21 @@ class Collection:
                     f"{self.source}: task {entry.index} is a test task and never trained on, expected one of "
                     f"{ranges([task.index for task in self.train_tasks()])}"
                 )
-        subset = Selection(quality, heldout=False).apply(entries)
-        if not subset.tables:
+        loaded = list(Selection(quality, heldout=False).load_all(entries, cache))
+        if not loaded:
             raise FocalError(
                 f"{self.source}: no training task has '{quality}' episodes, there are {_levels(entries)}; "
                 f"run focal-cli train --collection {quoted(self.source)} --data mixed"
             )
-        return [(entry, episodes.transitions()) for entry, episodes in subset.load_all(cache)]
+        return [(entry, episodes.transitions()) for entry, episodes in loaded]
 
     def load_context(self, quality: str, entries: Sequence[TaskEntry]) -> list[Transitions | None]:
         """Load what meta-testing may draw its context from, one item per entry, None where the level is missing.
 
         A task that was also trained on (split `both` or `train`) gives its held-out episodes only.
         """
-        contexts: list[Transitions | None] = []
-        for entry in entries:
-            subset = Selection(quality, heldout=None if entry.split == "test" else True).apply([entry])
-            contexts.append(subset.load(entry.index).transitions() if subset.tables else None)
-        return contexts
+        found = [Selection(quality, heldout=None if entry.split == "test" else True).load(entry) for entry in entries]
+        return [None if episodes is None else episodes.transitions() for episodes in found]
 
     def load_evaluation(self, index: int) -> tuple[Array, Array]:
         """Return the checkpoints of a task, sac_step (C,) i8, and all their returns (C, R) f8, padded with NaN."""

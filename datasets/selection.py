@@ -5,10 +5,12 @@ chosen.counts                                     {3: Count(episodes=12, steps=2
 for entry, episodes in chosen.load_all(): ...     reads the chunks that hold their rows, no others
 """
 
+import itertools
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,21 +65,51 @@ class Selection:
 
     def apply(self, entries: Sequence[TaskEntry]) -> "Subset":
         """Read the episode tables of `entries` and keep the tasks that have such episodes."""
-        have = [entry for entry in entries if entry.counts[self.quality].episodes]
-        tables = {entry.index: entry.store.read_table() for entry in have}
+        tables = {entry.index: entry.store.read_table() for entry in entries if entry.counts[self.quality].episodes}
         masks = {index: self.mask(table) for index, table in tables.items()}
-        kept = tuple(entry for entry in have if masks[entry.index].any())
-        return Subset(
-            self,
-            kept,
-            {entry.index: tables[entry.index] for entry in kept},
-            {entry.index: masks[entry.index] for entry in kept},
-        )
+        kept = tuple(entry for entry in entries if entry.index in masks and masks[entry.index].any())
+        return Subset(self, kept, tables, masks)
+
+    def load(
+        self, entry: TaskEntry, cache: Path | None = None, table: Mapping[str, Array] | None = None
+    ) -> Episodes | None:
+        """Load such episodes of one task, memory-mapped from the folder `cache` if one is given; None if it has none.
+
+        `table`, its episode table, saves reading it again.
+        """
+        if not entry.counts[self.quality].episodes:
+            return None
+
+        def read() -> Episodes | None:
+            known = entry.store.read_table() if table is None else table
+            mask = self.mask(known)
+            return entry.store.read_episodes(mask, known) if mask.any() else None
+
+        return read() if cache is None else load_cached(cache, entry, self, read)
+
+    def load_all(
+        self,
+        entries: Sequence[TaskEntry],
+        cache: Path | None = None,
+        tables: Mapping[int, Mapping[str, Array]] | None = None,
+    ) -> Iterator[tuple[TaskEntry, Episodes]]:
+        """Load each task that has such episodes, in order, a few side by side; see `load`."""
+        later, waiting = iter(entries), deque[tuple[TaskEntry, Future[Episodes | None]]]()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            while True:
+                for entry in itertools.islice(later, _AHEAD - len(waiting)):
+                    table = None if tables is None else tables[entry.index]
+                    waiting.append((entry, pool.submit(self.load, entry, cache, table)))
+                if not waiting:
+                    return
+                entry, future = waiting.popleft()
+                if (episodes := future.result()) is not None:
+                    yield entry, episodes
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Chosen episodes of some tasks, not loaded yet."""
+    """Chosen episodes of some tasks, counted but not loaded."""
 
     selection: Selection
     tasks: tuple[TaskEntry, ...]
@@ -90,34 +122,23 @@ class Subset:
     @property
     def counts(self) -> dict[int, Count]:
         """Chosen episodes and steps per task index."""
-        return {
-            index: Count(int(mask.sum()), int(self.tables[index]["lengths"][mask].sum(dtype=np.int64)))
-            for index, mask in self.masks.items()
-        }
+        counts = {}
+        for entry in self.tasks:
+            mask, lengths = self.masks[entry.index], self.tables[entry.index]["lengths"]
+            counts[entry.index] = Count(int(mask.sum()), int(lengths[mask].sum(dtype=np.int64)))
+        return counts
 
     def load(self, index: int) -> Episodes:
         """Load the chosen episodes of one task. Raises `FocalError` for a task without, and for damaged chunks."""
         for entry in self.tasks:
             if entry.index == index:
                 return entry.store.read_episodes(self.masks[index], self.tables[index])
-        raise FocalError(f"task {index} has no such episodes, expected one of {[entry.index for entry in self.tasks]}")
+        have = ", ".join(str(entry.index) for entry in self.tasks)
+        raise FocalError(f"task {index} has no episode that is {self.selection}; tasks that have: {have}")
 
     def load_all(self, cache: Path | None = None) -> Iterator[tuple[TaskEntry, Episodes]]:
-        """Load every task in turn, a few side by side; memory-mapped from the folder `cache` if one is given."""
-
-        def load(entry: TaskEntry) -> Episodes:
-            if cache is None:
-                return self.load(entry.index)
-            return load_cached(cache, entry, self.selection, lambda: self.load(entry.index))
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            waiting = [(entry, pool.submit(load, entry)) for entry in self.tasks[:_AHEAD]]
-            later = iter(self.tasks[_AHEAD:])
-            while waiting:
-                entry, future = waiting.pop(0)
-                yield entry, future.result()
-                if (following := next(later, None)) is not None:
-                    waiting.append((following, pool.submit(load, following)))
+        """Load the chosen episodes of every task in turn; see `Selection.load_all`."""
+        return self.selection.load_all(self.tasks, cache, self.tables)
 
 
 def check_quality(quality: str) -> None:

@@ -12,7 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.manifold import TSNE
 
+from ..datasets import Collection, Selection
 from ..envs.point_robot import GOAL_RADIUS
+from ..errors import UsageError
 from .statistics import seed_interval
 
 # Okabe and Ito's palette
@@ -98,6 +100,32 @@ def returns_by_quality(path: Path, returns: Mapping[str, np.ndarray], title: str
             axes.hist(values, bins=40, histtype="step", lw=1.6, color=colour, label=f"{quality} ({len(values)})")
         axes.set(xlabel="episode return", ylabel="episodes", title=title)
         axes.legend(frameon=False)
+        _save(figure, path)
+
+
+def behaviour_data(path: Path, collection: Collection) -> None:
+    """Draw a collection's behaviour data from its episode tables: returns along training, and their distribution."""
+    tables = [entry.store.read_table() for entry in collection.tasks]
+    colours = dict(zip(("random", "medium", "expert"), (COLOURS[6], COLOURS[4], COLOURS[2]), strict=True))
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"picture {path}, expected a name that ends in .png, .svg or .pdf")
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        for table in tables:
+            steps, checkpoint = np.unique(table["sac_steps"], return_inverse=True)
+            means = np.bincount(checkpoint, weights=table["returns"]) / np.bincount(checkpoint)
+            left.plot(steps, means, color=COLOURS[0], lw=0.8, alpha=max(0.15, 1 / len(tables)))
+        left.set(xlabel="SAC steps of the behaviour policy", ylabel="mean return", title="each line is a task")
+        every = np.concatenate([table["returns"] for table in tables])
+        bins = np.linspace(every.min(), every.max() + 1e-9, 41)
+        right.hist(every, bins, color="0.85", label=f"mixed ({len(every):,})")
+        for quality, colour in colours.items():
+            returns = np.concatenate([table["returns"][Selection(quality).mask(table)] for table in tables])
+            if len(returns):
+                right.hist(returns, bins, color=colour, histtype="step", lw=1.6, label=f"{quality} ({len(returns):,})")
+        right.set(xlabel="return of an episode", ylabel="episodes", title="by quality")
+        right.legend(frameon=False)
+        figure.suptitle(f"{collection.name} {collection.version}, {len(tables)} tasks")
         _save(figure, path)
 
 
