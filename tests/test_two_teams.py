@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from focal.datasets import open_collection
-from focal.trainer.files import sha256
 
 pytestmark = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed")
 
@@ -67,12 +66,12 @@ def receiver(tmp_path) -> Team:
     return Team(tmp_path / "bob", "bob@team-b.example")
 
 
-def train(team: Team) -> str:
-    """Train for a moment; return the hash of the last checkpoint's weights."""
+def train(team: Team) -> bytes:
+    """Train for a moment; return the last checkpoint's weights."""
     team.types("train", "--data", "mixed", "--name", "first")
     newest = sorted((team.home / "runs/first/seed_0/checkpoints").glob("step_*"))[-1]
     (weights,) = newest.glob("*.safetensors")
-    return sha256(weights)
+    return weights.read_bytes()
 
 
 def test_from_generate_to_a_policy_trained_by_the_other_team(sender, receiver):
