@@ -65,7 +65,7 @@ test: $(READY) ## The fast tests
 test-slow: $(READY) ## The slow tests: killed processes, learning
 	$(BIN)/pytest -m slow
 
-reproduce: $(READY) ## Make one RESULT of docs/results.md again: point, cheetah-dir
+reproduce: $(READY) ## Make one RESULT of docs/results.md again: point, point-joint, cheetah-dir
 	benchmarks/reproduce.sh $(RESULT) $(CLI) $(STORES) $(RUNS)
 
 clean: ## Remove caches (never stores or runs)

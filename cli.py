@@ -1,8 +1,11 @@
 """`focal-cli`: parse, resolve settings, make one call, print. Heavy imports wait until a verb needs them."""
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,16 @@ def explain(error: Exception) -> str:
         return str(disk_full(place)) if is_disk_full(error) else f"{place}: {error.strerror or error}"
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}; that is our mistake: please report it with what --debug prints"
+
+
+class Location(click.ParamType):
+    """A path on this machine, or the URL of a bundle on an object store, whose two slashes a path would lose."""
+
+    name = "path or URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """See click."""
+        return value if isinstance(value, Path) or "://" in value else Path(value)
 
 
 def stores_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,11 +174,11 @@ def list_(stores: Path, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the returns of all episodes.")
 @json_option
-def show(path: Path, plot: Path | None, as_json: bool) -> None:
-    """Show a collection: its card, its tasks, episodes and returns per quality, and what never learnt."""
+def show(path: Path | str, plot: Path | None, as_json: bool) -> None:
+    """Show a collection, folder or s3:// URL: its card, tasks, episodes and returns per quality, what never learnt."""
     from .console import collection_document, print_collection
     from .datasets import open_collection
 
@@ -182,10 +195,10 @@ def show(path: Path, plot: Path | None, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @json_option
-def verify(path: Path, as_json: bool) -> None:
-    """Check every byte of a collection against what it says of itself."""
+def verify(path: Path | str, as_json: bool) -> None:
+    """Check every byte of a collection, in a folder or at an s3:// URL, against what it says of itself."""
     from .datasets import verify_collection
 
     report = verify_collection(path)
@@ -198,10 +211,10 @@ def verify(path: Path, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new version.")
 @set_option
-def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
+def relabel(path: Path | str, output: Path, assignments: Sequence[str]) -> None:
     """Cut the quality levels anew, for example --set expert_from=0.8, into a new version."""
     from .console import print_collection
     from .datasets import open_collection, relabel_collection
@@ -211,9 +224,176 @@ def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
     print_collection(relabel_collection(path, output, rule))
 
 
+@main.group()
+def bundle() -> None:
+    """Hand collections to another team, and take theirs: pack, verify, unpack, push, pull.
+
+    A bundle is one file, or with --folder one folder, that anybody can check: unzip it, then in its folder
+    sha256sum -c --strict tagmanifest-sha256.txt manifest-sha256.txt
+    """
+
+
+def receiving(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what the receiver of a bundle decides: whom to trust and how much to take."""
+    for option in (
+        click.option("--max-size", default="50GB", show_default=True, callback=_bytes, help="Refuse larger ones."),
+        click.option("--require-signature", is_flag=True, help="Refuse all but a trusted signer's."),
+        click.option(
+            "--allowed-signers", type=click.Path(path_type=Path), envvar="FOCAL_ALLOWED_SIGNERS",
+            help="Whose keys are trusted, see ssh-keygen(1). [default: ~/.config/focal/allowed_signers]",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _bytes(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", value)
+    if not match:
+        raise UsageError(f"{parameter.opts[0]} got '{value}', expected a size, for example --max-size 50GB")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
+def _allowed_signers(chosen: Path | None) -> Path | None:
+    if chosen is None:
+        usual = Path.home() / ".config" / "focal" / "allowed_signers"
+        return usual if usual.is_file() else None
+    if not chosen.is_file():
+        raise UsageError(f"no allowed signers at {chosen}, expected a file of public keys, see ssh-keygen(1)")
+    return chosen
+
+
+@bundle.command()
+@click.argument("path", required=False, type=Location())
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: NAME-VERSION.focal.zip]")
+@click.option("--folder", is_flag=True, help="Make a folder instead of one file.")
+@click.option(
+    "--sign", "key", type=click.Path(path_type=Path), help="Sign with this SSH key, for example ~/.ssh/id_ed25519."
+)
+@click.option(
+    "--author", "authors", multiple=True, help="For a collection that names none; may be given several times."
+)
+@stores_option
+@json_option
+def pack(
+    path: Path | str | None, output: Path | None, folder: bool, key: Path | None, authors: Sequence[str], stores: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Verify the collection PATH and pack it. PATH may be left out where STORES holds one collection."""
+    from .bars import ByteBar
+    from .datasets.bundle import pack_bundle
+
+    if path is None:
+        from .experiment import choose_collection
+
+        path = choose_collection(stores, None, None)
+    with ByteBar("packing") as bar:
+        packed, report = pack_bundle(path, output, key, folder, authors, bar)
+    _print_bundle(report, as_json, f"packed; the other team: focal-cli bundle unpack {shlex.quote(packed.name)}")
+
+
+@bundle.command("verify")
+@click.argument("path", type=Location())
+@receiving
+@json_option
+def verify_(
+    path: Path | str, allowed_signers: Path | None, require_signature: bool, max_size: int, as_json: bool
+) -> None:  # fmt: skip
+    """Check every byte of a bundle (file, folder or URL), in place: signature, checksums, the collection inside."""
+    from .bars import ByteBar
+    from .datasets.bundle import verify_bundle
+
+    with ByteBar("verifying") as bar:
+        report = verify_bundle(path, _allowed_signers(allowed_signers), require_signature, max_size, bar)
+    _print_bundle(report, as_json, "good")
+
+
+@bundle.command()
+@click.argument("path", type=Location())
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder. [default: STORES/FAMILY]")
+@receiving
+@stores_option
+@json_option
+def unpack(
+    path: Path | str, output: Path | None, allowed_signers: Path | None, require_signature: bool, max_size: int,
+    stores: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Verify a bundle, then unpack its collection."""
+    from .bars import ByteBar
+    from .datasets.bundle import unpack_bundle
+
+    if isinstance(path, str):
+        raise UsageError(f"{path} is on an object store; fetch it: focal-cli bundle pull {shlex.quote(path)}")
+    with ByteBar("unpacking") as bar:
+        collection, report = unpack_bundle(
+            path, output, stores, _allowed_signers(allowed_signers), require_signature, max_size, bar
+        )
+    place = str(collection.path)
+    advice = f"unpacked; train on it: focal-cli train --collection {shlex.quote(place)} --data mixed"
+    _print_bundle(report, as_json, advice, collection=place)
+
+
+@bundle.command()
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("url")
+@json_option
+def push(path: Path, url: str, as_json: bool) -> None:
+    """Verify the bundle FILE and upload it to URL/NAME-VERSION, for example to s3://BUCKET/PATH. Run again to continue.
+
+    Keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, another server than Amazon's from AWS_ENDPOINT_URL.
+    """
+    from .bars import ByteBar
+    from .datasets.transfer import push_bundle
+
+    with ByteBar("pushing") as bar:
+        report = push_bundle(path, url, bar)
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+        return
+    sent = f"{report.sent} of {report.files} files sent ({report.sent_bytes:,} bytes)" if report.sent else "all there"
+    click.echo(f"{report.url}: {sent}; the other team: focal-cli bundle pull {shlex.quote(report.url)}")
+
+
+@bundle.command()
+@click.argument("url")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder. [default: STORES/FAMILY]")
+@receiving
+@stores_option
+@json_option
+def pull(
+    url: str, output: Path | None, allowed_signers: Path | None, require_signature: bool, max_size: int, stores: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Download the bundle at URL, verify it and unpack its collection. Run again to continue after a cut."""
+    from .bars import ByteBar
+    from .datasets.transfer import pull_bundle
+
+    def announce(bag: Any, trust: Any) -> None:
+        click.echo(f"{bag.name}, {bag.payload_bytes:,} bytes, {trust}", err=True)
+
+    with ByteBar("pulling") as bar:
+        collection, report = pull_bundle(
+            url, output, stores, _allowed_signers(allowed_signers), require_signature, max_size, bar, announce
+        )
+    place = str(collection.path)
+    advice = f"pulled; train on it: focal-cli train --collection {shlex.quote(place)} --data mixed"
+    _print_bundle(report, as_json, advice, collection=place)
+
+
+def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
+    """Licence, authors and signature are always shown: whoever packs or takes data answers for them."""
+    if as_json:
+        click.echo(json.dumps(report.to_json() | more, indent=2))
+        return
+    counts = ", ".join(f"{value:,} {name}" for name, value in asdict(report.verified).items())
+    click.echo(f"{report.path}: {report.name} of {report.family}, {counts}, content {report.content_hash[:12]}")
+    click.echo(f"licence {report.licence}, by {', '.join(report.authors)}, {report.trust}")
+    click.echo(what)
+
+
 @main.command()
 @click.option("--env", "env_name", help="Task family; may be left out where STORES holds one collection.")
-@click.option("--collection", type=click.Path(path_type=Path), help="Collection folder, instead of --env.")
+@click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
 @click.option("--data", "quality", type=click.Choice(QUALITIES), required=True, help="Quality to train on.")
 @click.option("--algo", type=click.Choice(["focal"]), default="focal", show_default=True)
 @click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
@@ -233,8 +413,9 @@ def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
 @runs_option
 @set_option
 def train(
-    env_name: str | None, collection: Path | None, quality: str, algo: str, scale: str | None, seed: int, seeds: int,
-    workers: int | None, device: str, name: str | None, resume: bool, cache: Path | None, stores: Path, runs: Path,
+    env_name: str | None, collection: Path | str | None, quality: str, algo: str, scale: str | None, seed: int,
+    seeds: int, workers: int | None, device: str, name: str | None, resume: bool, cache: Path | None, stores: Path,
+    runs: Path,
     assignments: Sequence[str],
 ) -> None:  # fmt: skip
     """Meta-train on a collection's training tasks."""

@@ -171,20 +171,19 @@ def collection_document(collection: Collection) -> dict[str, Any]:
 
 
 def quality_rows(collection: Collection) -> list[dict[str, Any]]:
-    """Tasks, episodes, transitions and mean return per quality."""
+    """Tasks, episodes, transitions and mean return per quality, from the episode tables alone."""
+    tables = collection.select().tables.values()
     rows = []
-    tables = [entry.store.read_table() for entry in collection.tasks]
     for quality in QUALITIES:
         counts = [entry.counts[quality] for entry in collection.tasks]
-        masks = [Selection(quality).mask(table) for table in tables]
-        returns = [table["returns"][mask] for table, mask in zip(tables, masks, strict=True)]
+        returns = np.concatenate([table["returns"][Selection(quality).mask(table)] for table in tables])
         rows.append(
             {
                 "quality": quality,
                 "tasks": sum(count.episodes > 0 for count in counts),
                 "episodes": sum(count.episodes for count in counts),
                 "transitions": sum(count.steps for count in counts),
-                "mean return": float(np.concatenate(returns).mean()) if any(map(len, returns)) else None,
+                "mean return": float(returns.mean()) if len(returns) else None,
             }
         )
     return rows

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .datasets import Collection, find_collections, open_collection
+from .datasets import Collection, find_collections, is_committed, open_collection
+from .datasets.sources import Folder
 from .envs import get_family
 from .errors import DiskFullError, FocalError, UsageError
 from .evaluation import (
@@ -46,7 +47,7 @@ QUICK_EPISODES, QUICK_SEED = 2, 1_000_003  # of the meta-tests during training; 
 class TrainRequest:
     """What `focal-cli train` asks for."""
 
-    collection: Path
+    collection: Path | str  # its folder or its URL
     quality: str
     scale: str | None
     seeds: tuple[int, ...]
@@ -64,7 +65,7 @@ class SeedJob:
     """One seed of a run, for a worker process."""
 
     run_dir: Path
-    collection: Path
+    collection: Path | str
     quality: str
     settings: TrainSettings
     seed: int
@@ -131,7 +132,7 @@ class RunTest:
         }
 
 
-def choose_collection(stores: Path, env: str | None, collection: Path | None) -> Path:
+def choose_collection(stores: Path, env: str | None, collection: Path | str | None) -> Path | str:
     """Return the collection a command means. Raises `UsageError` listing the exact choices when it is not clear."""
     if collection is not None:
         return collection
@@ -165,11 +166,16 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     run_dir = _run_folder(request, collection)
     settings, seeds = _settings_and_seeds(request, collection, run_dir)
     device = choose_device(request.device)
-    source = RunSource(collection.name, str(request.collection.resolve()), request.quality, seeds, provenance())
-    describe_run(training_data(collection, request.quality), settings, source)  # fails here, before any process starts
+    cache = request.cache
+    if cache is None and not isinstance(collection.source, Folder):
+        cache = run_dir.parent / ".cache"  # far away: fetched once for all seeds and runs
+    where = request.collection.resolve() if isinstance(request.collection, Path) else request.collection
+    source = RunSource(collection.name, str(where), request.quality, seeds, provenance())
+    data = training_data(collection, request.quality, cache)
+    describe_run(data, settings, source)  # fails here, before any process starts
     jobs = {
         seed: SeedJob(
-            run_dir, request.collection, request.quality, settings, seed, source, request.resume, request.cache, device
+            run_dir, request.collection, request.quality, settings, seed, source, request.resume, cache, device
         )
         for seed in seeds
     }
@@ -300,14 +306,18 @@ def _refuse_unfinished(run_dir: Path, run: Run) -> None:
 
 def collection_of(run: Run, stores: Path) -> Collection:
     """Open the collection a run was trained on: where it was then, or wherever below `stores` it is now."""
-    path = Path(run.source.collection_path)
-    for candidate in [path, *find_collections(stores)]:
-        if (candidate / "dataset.json").exists():
-            collection = open_collection(candidate)
-            if collection.content_hash == run.content_hash:
-                return collection
+    where = run.source.collection_path
+    places: list[Path | str] = [*find_collections(stores)]
+    if "://" in where:
+        places.append(where)  # last: a copy on this machine is nearer
+    elif is_committed(where):
+        places.insert(0, Path(where))
+    for place in places:
+        collection = open_collection(place)
+        if collection.content_hash == run.content_hash:
+            return collection
     raise FocalError(
-        f"neither {path} nor anything in {stores} is the data this run was trained on (content hash "
+        f"neither {where} nor anything in {stores} is the data this run was trained on (content hash "
         f"{run.content_hash[:12]}); say with --stores where it is, or train again"
     )
 

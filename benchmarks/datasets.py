@@ -91,7 +91,7 @@ def build(folder: Path, tasks: int, steps: int) -> tuple[Collection, list[Episod
         episodes = drawn[index % 5]
         best = episodes.returns[episodes.sac_steps == 9000]
         record = TaskRecord(
-            index=index, family=header.family, params={"velocity": 1.0 + index}, split="train", env_id="focal/none",
+            index=index, family=header.family, params={"velocity": 1.0 + index}, split="train", env_id="focal/None-v0",
             env_settings={}, horizon=HORIZON, spaces={}, absolute_x=None, behaviour={},
             references=References([float(best.mean()) - 1], best, [0.0], [1.0], reached_expert=True),
         )  # fmt: skip

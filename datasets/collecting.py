@@ -48,7 +48,7 @@ from .opening import (
 )
 from .quality import QualityRule, label_episodes
 from .records import CollectionHeader, TaskRecord, differences
-from .sources import Folder, Source, sha256_of
+from .sources import Folder, read_checked
 from .storage import (
     AGAIN,
     TEMPORARY,
@@ -252,14 +252,14 @@ def write_document(
     return tasks
 
 
-def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
-    """Copy the collection `src` to the new folder `dst` with its qualities cut by another rule.
+def relabel_collection(src: Path | str, dst: Path, rule: QualityRule) -> Collection:
+    """Copy the collection `src`, a folder or a URL, to the new folder `dst` with its qualities cut by another rule.
 
     The copy is the next minor version and names `src` in `derived_from`; `src` is not touched. Raises `FocalError`
     when `dst` exists, lies inside `src`, or `src` is damaged.
     """
     source = open_collection(src)
-    if dst.exists() or dst.resolve().is_relative_to(src.resolve()):
+    if dst.exists() or (isinstance(src, Path) and dst.resolve().is_relative_to(src.resolve())):
         raise FocalError(f"{dst} exists or lies inside {src}, expected a new folder; choose another one with -o")
     major, minor, _ = source.version.split(".")
     settings = {**source.settings, "quality": asdict(rule)}
@@ -278,7 +278,7 @@ def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
             write_task(store, entry.record, rule, entry.heldout_seeds, labelled)
         for name, (size, sha256) in source.files.items():
             if name.startswith("policies/"):
-                copy_file(source.source, name, folder / name, size, sha256)
+                write_file(folder / name, read_checked(source.source, name, size, sha256))
         copies = write_document(folder, header, source.provenance, [*source.derived_from, origin])
         for entry, copy in zip(source.tasks, copies, strict=True):
             changed = {name for name, value in copy.content.items() if value != entry.content[name]}
@@ -287,11 +287,3 @@ def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
                     f"{src}: task {entry.index}, array {damaged[0]} does not have its content hash; {AGAIN}"
                 )
     return open_collection(dst)
-
-
-def copy_file(source: Source, name: str, target: Path, size: int, sha256: str) -> None:
-    """Copy a listed file, checking its hash on the way. Raises `FocalError` when it is damaged."""
-    data = source.read(name, size)
-    if sha256_of(data) != sha256:
-        raise FocalError(f"{source}/{name} is damaged (sha256 differs from {DOCUMENT}); {AGAIN}")
-    write_file(target, data)

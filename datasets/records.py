@@ -206,6 +206,11 @@ class TaskRecord:
             raise FocalError(
                 f"{where}: params is {str(params)[:80]!r}, expected numbers or lists of numbers only; {AGAIN}"
             )
+        if not re.fullmatch(_ENV_ID, read.text("env_id")):
+            raise FocalError(
+                f"{where}: env_id is {read.text('env_id')[:80]!r}, expected a registered name such as "
+                f"focal/HalfCheetahVel-v0; {AGAIN}"
+            )
         return TaskRecord(
             index=read.integer("index"),
             family=read.text("family"),
@@ -306,6 +311,7 @@ _RETURNS = (
     "random_sparse_deterministic",
     "expert_sparse_deterministic",
 )
+_ENV_ID = r"[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+-v\d+"  # no colon: gymnasium.make would import the module before it
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _LICENCE = r"[A-Za-z0-9][A-Za-z0-9.+ ()-]{0,99}"
 _VERSION = r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})"

@@ -17,7 +17,8 @@ from ..envs import BatchedEnvs, Rollouts, TaskFamily, get_family, make_batch, ro
 from ..errors import FocalError
 from ..trainer.agent import Agent
 from ..trainer.diagnostics import embedding_metrics
-from ..trainer.policies import load_policy_file
+from ..trainer.networks import TanhGaussianPolicy
+from ..trainer.policies import load_policy
 from ..trainer.replay import TaskReplay
 from .statistics import normalised
 
@@ -227,9 +228,8 @@ def play_experts(envs: BatchedEnvs, tasks: TestTasks, episodes: int, seeds: Sequ
     """Roll each task's best behaviour policy out deterministically: what stage two could at best imitate."""
     experts = []
     for entry in tasks.entries:
-        step = entry.record.references.expert_sac_step
-        path = tasks.collection.path / "policies" / f"task_{entry.index:04d}" / f"step_{step:09d}"
-        experts.append(load_policy_file(path)[0])
+        stem = f"policies/task_{entry.index:04d}/step_{entry.record.references.expert_sac_step:09d}"
+        experts.append(_read_policy(tasks.collection, stem))
 
     @torch.no_grad()
     def act(observations: np.ndarray) -> np.ndarray:
@@ -237,6 +237,12 @@ def play_experts(envs: BatchedEnvs, tasks: TestTasks, episodes: int, seeds: Sequ
         return torch.cat([expert.mode(rows) for expert, rows in zip(experts, inputs, strict=True)]).numpy()
 
     return rollout(envs, act, seeds)
+
+
+def _read_policy(collection: Collection, stem: str) -> TanhGaussianPolicy:
+    """Read a behaviour policy from the collection, wherever that is."""
+    where = f"{collection.source}/{stem}"
+    return load_policy(lambda suffix, limit: collection.read_file(stem + suffix, limit), where)[0]
 
 
 def _episode_seeds(seed: int, count: int) -> list[int]:
