@@ -1,6 +1,16 @@
 """Meta-testing, statistics and figures."""
 
-from .metatest import CONDITIONS, MetaTestResult, TestTasks, meta_test, quick_test, select_test_tasks
+from .metatest import (
+    CONDITIONS,
+    ContextSource,
+    MetaTestResult,
+    OfflineTransitions,
+    TestTasks,
+    meta_test,
+    quick_test,
+    select_test_tasks,
+)
+from .protocols import PROTOCOLS, UNITS, context_source
 from .statistics import (
     Interval,
     difference_interval,
@@ -14,9 +24,14 @@ from .statistics import (
 
 __all__ = [
     "CONDITIONS",
+    "PROTOCOLS",
+    "UNITS",
+    "ContextSource",
     "Interval",
     "MetaTestResult",
+    "OfflineTransitions",
     "TestTasks",
+    "context_source",
     "difference_interval",
     "interquartile_mean",
     "meta_test",
