@@ -316,6 +316,35 @@ def _print_result(document: Any, as_json: bool, show: Callable[[], None]) -> Non
         show()
 
 
+@main.command()
+@click.argument("kind", required=False, type=click.Choice(["figure", "table"]))
+@click.argument("number", required=False)
+@click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("reproduced"), show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="Processes. [default: all cores]")
+@stores_option
+@runs_option
+def reproduce(
+    kind: str | None, number: str | None, scale: str, output: Path, workers: int | None, stores: Path, runs: Path
+) -> None:
+    """Make a figure or table of the paper; data and runs that are missing are made first. Alone, lists them.
+
+    For example: focal-cli reproduce figure 8
+    """
+    from .console import GenerateBars, TrainBars
+    from .paper import ITEMS
+    from .reproduce import find_item, reproduce
+
+    if kind is None:
+        _print_rows([{"item": item.name, "what": item.what} for item in ITEMS.values()], False)
+        return
+    if number is None:
+        raise UsageError(f"which {kind}? for example: focal-cli reproduce {kind} {'8' if kind == 'figure' else '6'}")
+    item = find_item(kind, number)
+    for file in reproduce(item, scale, stores, runs, output, GenerateBars, TrainBars, workers or 0):
+        click.echo(f"saved {file}")
+
+
 def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     from .console import print_table
 

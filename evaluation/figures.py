@@ -99,7 +99,7 @@ def embeddings_by_task(
     t-SNE (scikit-learn, PCA start, seeded) where L > 2, else the embedding itself.
     """
     with plt.rc_context(STYLE):
-        figure, axes = _grid(len(panels), 4, (3.7, 3.4))
+        figure, axes = _grid(len(panels), 4, (3.7, 3.4), beside=1.2)
         for axis, (heading, (embeddings, task_of)) in zip(axes, panels.items(), strict=True):
             points, kind = in_the_plane(embeddings, seed)
             dots = axis.scatter(points[:, 0], points[:, -1], c=task_of, cmap="viridis", s=9, lw=0, vmin=0,
@@ -124,7 +124,7 @@ def embeddings_in_space(
 ) -> list[Path]:
     """Draw the last three dimensions of embeddings (n, L >= 3) in the cube (-1, 1)^3, as FOCAL's figure 7; no t-SNE."""
     with plt.rc_context(STYLE):
-        figure, axes = _grid(len(panels), 4, (3.7, 3.7), projection="3d")
+        figure, axes = _grid(len(panels), 4, (3.7, 3.7), beside=1.2, projection="3d")
         for axis, (heading, (embeddings, task_of)) in zip(axes, panels.items(), strict=True):
             dots = axis.scatter(*embeddings[:, -3:].T, c=task_of, cmap="viridis", s=7, lw=0, vmin=0,
                                 vmax=max(1, len(names) - 1))  # fmt: skip
@@ -136,9 +136,10 @@ def embeddings_in_space(
 
 
 def _task_bar(figure: Any, dots: Any, axes: list[Any], names: Sequence[str]) -> None:
-    bar = figure.colorbar(dots, ax=axes, label="task, ordered", shrink=0.85)
-    bar.set_ticks(range(len(names)) if len(names) <= 6 else [0, len(names) - 1])
-    bar.set_ticklabels(list(names) if len(names) <= 6 else [names[0], names[-1]])
+    ticks = range(len(names)) if len(names) <= 6 else [0, len(names) - 1]
+    bar = figure.colorbar(dots, ax=axes, shrink=0.85, aspect=25)
+    bar.set_ticks(list(ticks), labels=[names[tick] for tick in ticks])
+    bar.set_label("task, ordered", labelpad=2 if len(names) <= 6 else -30)
 
 
 def context_size_curve(path: Path, sweeps: Mapping[str, Any], ylabels: Mapping[str, str]) -> list[Path]:
@@ -231,12 +232,22 @@ def save(figure: Any, path: Path, both: bool = True) -> list[Path]:
     return files
 
 
-def _grid(panels: int, columns: int, size: tuple[float, float], projection: str | None = None, **share: Any) -> Any:
-    """Return a figure and its `panels` axes in rows of at most `columns`; `size` of one in inches."""
+def _grid(
+    panels: int,
+    columns: int,
+    size: tuple[float, float],
+    beside: float = 0.0,
+    projection: str | None = None,
+    **share: Any,
+) -> Any:
+    """Return a figure and its `panels` axes in rows of at most `columns`.
+
+    `size` is that of a panel, `beside` the width of what stands beside all of them, in inches.
+    """
     columns = min(columns, panels)
     rows = -(-panels // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(size[0] * columns, size[1] * rows), layout="constrained", squeeze=False,
+        rows, columns, figsize=(size[0] * columns + beside, size[1] * rows), layout="constrained", squeeze=False,
         subplot_kw={"projection": projection} if projection else None, **share,
     )  # fmt: skip
     flat = axes.ravel()

@@ -16,13 +16,12 @@ from ..envs import BatchedEnvs, Rollouts, TaskFamily, get_family, make_batch, ro
 from ..errors import FocalError
 from ..trainer.agent import Agent
 from ..trainer.policies import load_policy_file
-from ..trainer.replay import TaskReplay
-from .embeddings import nearest_centroid_accuracy, spread
+from .embeddings import embed_contexts, nearest_centroid_accuracy, spread
 from .statistics import normalised
 
 RIGHT, WRONG, UNTRAINED, ZERO, EXPERT = "right context", "wrong context", "untrained", "zero action", "expert"
 CONDITIONS = (RIGHT, WRONG, UNTRAINED, ZERO, EXPERT)
-EPISODE_STREAM, CONTEXT_STREAM, CENTROID_STREAM = 5, 6, 7  # children of the test seed
+EPISODE_STREAM, CENTROID_STREAM = 5, 7  # children of the test seed
 CENTROID_CONTEXTS = 20  # contexts of the training size whose mean embedding stands for a task
 
 
@@ -262,22 +261,6 @@ def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int,
         metrics[f"test/{name}"] = float(returns.reported.mean())
     envs.close()
     return metrics
-
-
-def embed_contexts(
-    agent: Agent,
-    contexts: Sequence[Transitions],
-    source: np.ndarray,
-    size: int,
-    seed: int,
-    stream: int = CONTEXT_STREAM,
-) -> np.ndarray:
-    """Embed one fresh context per entry of `source` (M,), positions in `contexts`. Returns (M, L)."""
-    replay = TaskReplay(contexts, agent.transform, agent.settings, agent.device)
-    words = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(2)
-    generator = torch.Generator(agent.device).manual_seed(int(words[0]))
-    context = replay.sample_context(torch.as_tensor(source, device=agent.device), size, generator)
-    return agent.embed(context).cpu().numpy()
 
 
 def play_agent(envs: BatchedEnvs, agent: Agent, embeddings: np.ndarray, seeds: Sequence[int]) -> Rollouts:

@@ -8,7 +8,8 @@ from focal import FocalError
 from focal.envs import get_family
 from focal.envs.point_robot import SparsePointRobotEnv, straight_line_action, straight_line_return
 from focal.evaluation import OfflineTransitions, meta_test, quick_test, select_test_tasks
-from focal.evaluation.metatest import EXPERT, RIGHT, UNTRAINED, WRONG, ZERO, TaskReturns, embed_contexts
+from focal.evaluation.embeddings import embed_contexts
+from focal.evaluation.metatest import EXPERT, RIGHT, UNTRAINED, WRONG, ZERO, TaskReturns
 from focal.trainer.networks import TanhGaussianPolicy
 from focal.trainer.policies import save_policy
 from focal.trainer.settings import TrainSettings
