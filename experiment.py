@@ -321,11 +321,16 @@ def testable(run_dir: Path, stores: Path, quality: str | None) -> tuple[Run, Tes
     return run, select_test_tasks(collection_of(run, stores), quality or run.source.quality)
 
 
+def last_step(run_dir: Path, seed: int) -> int:
+    """Return the step of a seed's last checkpoint, 0 where there is none."""
+    checkpoints = list_checkpoints(seed_folder(run_dir, seed) / "checkpoints")
+    return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+
+
 def _refuse_unfinished(run_dir: Path, run: Run) -> None:
     """A table must never show a half-trained network as a result."""
     for seed in run.source.seeds:
-        checkpoints = list_checkpoints(seed_folder(run_dir, seed) / "checkpoints")
-        step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+        step = last_step(run_dir, seed)
         if step < run.settings.total_steps:
             raise FocalError(
                 f"{run_dir}: seed {seed} is at step {step} of {run.settings.total_steps}; "

@@ -15,8 +15,10 @@ from .datagen import GenerateRequest, generate, generate_settings
 from .datasets import Collection, is_committed, open_collection
 from .envs import get_family
 from .errors import FocalError, UsageError
-from .experiment import TrainRequest, train_run
+from .experiment import TrainRequest, last_step, train_run
 from .paper import ITEMS, Item, Material, Training, table_matrix, table_power_law, table_settings
+from .trainer.runs import read_run
+from .trainer.settings import TrainSettings
 
 METHODS = ("focal",)  # that this version trains
 NEEDS_NOTHING = (table_settings, table_power_law)  # settings are known before anything is made
@@ -95,11 +97,14 @@ def train_one(
     training_bars: Callable[[], Any], workers: int,
 ) -> Path:  # fmt: skip
     """Train a run, continue it, or find it finished; return its folder."""
+    run_dir, seeds = runs / training.name(scale), tuple(range(item.seeds_of(training, scale)))
+    if _is_there(run_dir, training.settings(scale), quality, collection, seeds):
+        return run_dir
     request = TrainRequest(
         collection=collection.path,
         quality=quality,
         scale=scale,
-        seeds=tuple(range(item.seeds_of(training, scale))),
+        seeds=seeds,
         assignments=training.changes,
         runs=runs,
         name=training.name(scale),
@@ -110,7 +115,18 @@ def train_one(
         with training_bars() as bars:
             return train_run(request, bars)
     except FocalError:
-        run_dir = runs / training.name(scale)
         if training.may_diverge and any(run_dir.glob("seed_*/metrics.jsonl")):
             return run_dir  # what it logged until it was stopped is the picture
         raise
+
+
+def _is_there(
+    run_dir: Path, settings: TrainSettings, quality: str, collection: Collection, seeds: tuple[int, ...]
+) -> bool:
+    """Whether the run is the one asked for and trained to the end; a worker process would take seconds to say so."""
+    if not (run_dir / "settings.json").exists():
+        return False
+    run = read_run(run_dir)
+    same = (run.settings, run.source.quality, run.content_hash) == (settings, quality, collection.content_hash)
+    trained = {seed for seed in run.source.seeds if last_step(run_dir, seed) >= run.settings.total_steps}
+    return same and trained == set(run.source.seeds) and trained >= set(seeds)

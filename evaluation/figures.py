@@ -139,7 +139,7 @@ def _task_bar(figure: Any, dots: Any, axes: list[Any], names: Sequence[str]) -> 
     ticks = range(len(names)) if len(names) <= 6 else [0, len(names) - 1]
     bar = figure.colorbar(dots, ax=axes, shrink=0.85, aspect=25)
     bar.set_ticks(list(ticks), labels=[names[tick] for tick in ticks])
-    bar.set_label("task, ordered", labelpad=2 if len(names) <= 6 else -30)
+    bar.ax.set_title("tasks in order", fontsize=8, loc="left")
 
 
 def context_size_curve(path: Path, sweeps: Mapping[str, Any], ylabels: Mapping[str, str]) -> list[Path]:
@@ -156,7 +156,8 @@ def context_size_curve(path: Path, sweeps: Mapping[str, Any], ylabels: Mapping[s
                 axis.set(xscale="log", xlabel="context transitions", title=title)
             chance = 1 / len(sweep.tasks.entries)
             right.axhline(chance, color="0.4", lw=1, ls="--")
-            right.annotate(f"chance {chance:.2f}", (sweep.sizes[0], chance), xytext=(2, 3), textcoords="offset points")
+            right.text(0.99, chance + 0.01, f"chance {chance:.2f}", ha="right", va="bottom",
+                       transform=right.get_yaxis_transform())  # fmt: skip
             left.set_ylabel(ylabels[title])
             right.set(ylabel="task accuracy", ylim=(0, 1.05))
         return save(figure, path)
