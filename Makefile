@@ -65,8 +65,14 @@ test: $(READY) ## The fast tests
 test-slow: $(READY) ## The slow tests: killed processes, learning
 	$(BIN)/pytest -m slow
 
-reproduce: $(READY) ## Make one RESULT of docs/results.md again: point, point-joint, cheetah-dir
+reproduce: $(READY) ## A FIGURE or TABLE of the paper (FIGURE=8), or a RESULT of docs/results.md: point, point-joint, cheetah-dir
+ifdef FIGURE
+	$(CLI) reproduce figure $(FIGURE) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
+else ifdef TABLE
+	$(CLI) reproduce table $(TABLE) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
+else
 	benchmarks/reproduce.sh $(RESULT) $(CLI) $(STORES) $(RUNS)
+endif
 
 clean: ## Remove caches (never stores or runs)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

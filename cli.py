@@ -435,32 +435,96 @@ def train(
 @main.command()
 @click.argument("run", required=False, type=click.Path(path_type=Path))
 @click.option("--data", "quality", type=click.Choice(QUALITIES), help="Quality of the context. [default: as trained]")
-@click.option("--context-size", type=click.IntRange(1), help="Context transitions. [default: as trained]")
+@click.option(
+    "--protocol",
+    type=click.Choice(["offline", "shift", "online"]),
+    default="offline",
+    show_default=True,
+    help="Context from logged data; from other tasks' behaviour policies in the test task; or self-collected.",
+)
+@click.option("--context-size", type=click.IntRange(1), help="Size of a context. [default: as trained, or 1 episode]")
+@click.option(
+    "--context-unit",
+    "unit",
+    type=click.Choice(["transitions", "episodes"]),
+    help="Independent transitions or whole episodes. [default: transitions; online: episodes]",
+)
+@click.option("--sweep", is_flag=True, help="Instead: contexts of many sizes.")
+@click.option("--sizes", default="1,2,5,10,20,50,100,200,500,1000", show_default=True, help="Those of --sweep.")
+@click.option("--matrix", is_flag=True, help="Instead: contexts of every quality there is.")
 @click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Episodes per task.")
 @click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--figures/--no-figures", default=True, help="Save three pictures in RUN/figures.")
+@click.option("--figures/--no-figures", default=True, help="Save pictures in RUN/figures.")
 @stores_option
 @runs_option
 @json_option
 def test(
-    run: Path | None, quality: str | None, context_size: int | None, episodes: int, test_seed: int, figures: bool,
-    stores: Path, runs: Path, as_json: bool,
+    run: Path | None, quality: str | None, protocol: str, context_size: int | None, unit: str | None,
+    sweep: bool, sizes: str, matrix: bool, episodes: int, test_seed: int, figures: bool, stores: Path, runs: Path,
+    as_json: bool,
 ) -> None:  # fmt: skip
-    """Meta-test a run offline on its test tasks, all its seeds, beside the controls. RUN defaults to the newest."""
+    """Meta-test a run on its test tasks, all its seeds, beside the controls. RUN defaults to the newest."""
     import torch
 
-    from .console import print_test
+    from .console import print_matrix, print_sweep, print_test
     from .experiment import newest_run, save_figures, test_run
+    from .sweeps import matrix_row, parse_sizes, sweep_run
 
+    if (sweep or matrix) and (protocol != "offline" or unit == "episodes" or (sweep and matrix)):
+        raise UsageError("--sweep and --matrix test offline contexts of transitions, one of them at a time")
     folder = run or newest_run(runs)
     torch.set_num_threads(1)  # at these network sizes more threads only wait for each other
-    result = test_run(folder, stores, quality, context_size, episodes, test_seed)
-    if as_json:
-        click.echo(json.dumps(result.to_json(), indent=2))
+    pictures: list[Path] = []
+    if sweep:
+        swept = sweep_run(folder, stores, quality, parse_sizes(sizes), episodes, test_seed)
+        _print_result(swept.to_json(), as_json, lambda: print_sweep(swept))
+        pictures = swept.draw() if figures else []
+    elif matrix:
+        tested = matrix_row(folder, stores, QUALITIES, context_size, episodes, test_seed)
+        documents = {name: one.to_json() for name, one in tested.items()}
+        _print_result(documents, as_json, lambda: print_matrix({folder.name: tested}))
     else:
-        print_test(result)
-    for picture in save_figures(result) if figures else []:
+        result = test_run(folder, stores, quality, context_size, episodes, test_seed, protocol, unit)
+        _print_result(result.to_json(), as_json, lambda: print_test(result))
+        pictures = save_figures(result) if figures else []
+    for picture in pictures:
         click.echo(f"saved {picture}", err=as_json)
+
+
+def _print_result(document: Any, as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        show()
+
+
+@main.command()
+@click.argument("kind", required=False, type=click.Choice(["figure", "table"]))
+@click.argument("number", required=False)
+@click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("reproduced"), show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="Processes. [default: all cores]")
+@stores_option
+@runs_option
+def reproduce(
+    kind: str | None, number: str | None, scale: str, output: Path, workers: int | None, stores: Path, runs: Path
+) -> None:
+    """Make a figure or table of the paper; data and runs that are missing are made first. Alone, lists them.
+
+    For example: focal-cli reproduce figure 8
+    """
+    from .console import GenerateBars, TrainBars
+    from .paper import ITEMS
+    from .reproduce import find_item, reproduce
+
+    if kind is None:
+        _print_rows([{"item": item.name, "what": item.what} for item in ITEMS.values()], False)
+        return
+    if number is None:
+        raise UsageError(f"which {kind}? for example: focal-cli reproduce {kind} {'8' if kind == 'figure' else '6'}")
+    item = find_item(kind, number)
+    for file in reproduce(item, scale, stores, runs, output, GenerateBars, TrainBars, workers or 0):
+        click.echo(f"saved {file}")
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool) -> None:

@@ -15,8 +15,9 @@ from rich.text import Text
 
 from .datagen import Progress as GenerateProgress
 from .datasets import QUALITIES, Collection, Selection
-from .evaluation import CONDITIONS, seed_interval
+from .evaluation import CONDITIONS, MetaTestResult, seed_interval
 from .experiment import RunTest, TrainProgress
+from .sweeps import Sweep
 
 # a pipe or a log has no width of its own, and 80 columns would fold every table
 console = Console() if Console().is_terminal else Console(width=160)
@@ -236,6 +237,19 @@ def _task_score_rows(tested: RunTest) -> list[dict[str, Any]]:
     return rows
 
 
+def context_words(result: MetaTestResult) -> str:
+    """`mixed context of 256 transitions`, or what else the protocol gave."""
+    amount = (
+        f"{result.context_size} {result.context_unit.rstrip('s') if result.context_size == 1 else result.context_unit}"
+    )
+    where = {
+        "offline": f"{result.quality} context of {amount}",
+        "shift": f"context of {amount} rolled out by other tasks' {result.quality} behaviour policies",
+        "online": f"context of {amount} that the policy collected itself",
+    }
+    return where[result.protocol]
+
+
 def print_test(tested: RunTest) -> None:
     """Print a meta-test's table: every condition with its interval over seeds."""
     result = tested.first
@@ -249,12 +263,15 @@ def print_test(tested: RunTest) -> None:
             row["share of optimum"] = str(tested.over_seeds("share_of_optimum", condition))
         if result.counted.any():
             row["normalised score"] = str(tested.over_seeds("score", condition))
+            row["interquartile mean"] = str(tested.interquartile(condition))
         rows.append(row)
     title = (
-        f"{result.family}, {len(result.task_indices)} test tasks ({where}), {result.quality} context of "
-        f"{tested.context_size} transitions, {tested.episodes} episodes a task, {len(tested.results)} seed(s)"
+        f"{result.family}, {len(result.task_indices)} test tasks ({where}), {context_words(result)}, "
+        f"{tested.episodes} episodes a task, {len(tested.results)} seed(s)"
     )
     print_table(rows, title)
+    chance = 1 / len(result.task_indices)
+    console.print(f"task told from a context's embedding: {tested.accuracy} of contexts, chance {chance:.2f}")
     if result.counted.any() and len(result.task_indices) <= MOST_TASKS_SHOWN:
         print_table(_task_score_rows(tested), "normalised score per task")
     console.print("intervals: 95% over training seeds")
@@ -263,3 +280,35 @@ def print_test(tested: RunTest) -> None:
     uncounted = len(result.counted) - int(result.counted.sum())
     if uncounted:
         console.print(f"{uncounted} of {len(result.counted)} behaviour experts failed their test: not in the score")
+
+
+def print_sweep(swept: Sweep) -> None:
+    """Print return and task accuracy for every context size."""
+    rows = [
+        {
+            "context": size,
+            "return": str(swept.over_seeds("return", size)),
+            "task accuracy": str(swept.over_seeds("accuracy", size)),
+        }
+        for size in swept.sizes
+    ]
+    count = len(swept.tasks.entries)
+    title = (
+        f"{swept.run.family}, {count} test tasks, {swept.tasks.quality} contexts by size, {swept.episodes} episodes a "
+        f"task, {len(swept.points)} seed(s); accuracy by chance {1 / count:.2f}"
+    )
+    print_table(rows, title)
+    console.print("intervals: 95% over training seeds")
+
+
+def print_matrix(matrix: Mapping[str, Mapping[str, RunTest]]) -> None:
+    """Print the mean return of runs (rows) with contexts of several qualities (columns)."""
+    rows = []
+    for name, row in matrix.items():
+        trained = next(iter(row.values())).run.source.quality
+        rows.append(
+            {"run": name, "trained on": trained}
+            | {f"{quality} context": str(tested.over_seeds("mean", "right context")) for quality, tested in row.items()}
+        )
+    print_table(rows, "mean return by training data and context")
+    console.print("intervals: 95% over training seeds")

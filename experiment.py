@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .datasets import Collection, find_collections, is_committed, open_collection
@@ -20,10 +21,14 @@ from .envs import get_family
 from .errors import DiskFullError, FocalError, UsageError
 from .evaluation import (
     CONDITIONS,
+    ContextSource,
     Interval,
     MetaTestResult,
     TestTasks,
+    context_source,
+    interquartile_mean,
     meta_test,
+    over_seeds,
     quick_test,
     seed_interval,
     select_test_tasks,
@@ -92,7 +97,7 @@ class RunTest:
     run_dir: Path
     run: Run
     collection: Collection
-    context_size: int
+    source: ContextSource
     episodes: int
     test_seed: int
     results: dict[int, MetaTestResult]
@@ -101,6 +106,32 @@ class RunTest:
         """Interval over seeds of `measure` ("mean", "score" or "share_of_optimum"), None where it does not exist."""
         values = [getattr(result, measure)(condition) for result in self.results.values()]
         return None if any(value is None for value in values) else seed_interval(values)
+
+    def interquartile(self, condition: str) -> Interval | None:
+        """Interval over seeds of the interquartile mean of the tasks' normalised scores, None where there are none."""
+        if not self.first.counted.any():
+            return None
+        scores = np.stack([result.task_scores(condition) for result in self.results.values()])
+        return over_seeds(scores, interquartile_mean)
+
+    @property
+    def accuracy(self) -> Interval:
+        """Interval over seeds of the nearest-centroid task accuracy."""
+        return seed_interval([result.task_accuracy for result in self.results.values()])
+
+    @property
+    def name(self) -> str:
+        """What the test's file is called: everything that was chosen."""
+        source = self.source
+        words = [] if source.protocol == "offline" else [source.protocol]
+        unit = "" if source.unit == "transitions" else "episodes"
+        words += [
+            self.first.quality,
+            f"context{source.size}{unit}",
+            f"episodes{self.episodes}",
+            f"seed{self.test_seed}",
+        ]
+        return "-".join(words)
 
     @property
     def first(self) -> MetaTestResult:
@@ -112,18 +143,22 @@ class RunTest:
         summary = {
             condition: {
                 measure: dataclasses.asdict(interval) if interval else None
-                for measure in ("mean", "score", "share_of_optimum")
-                for interval in [self.over_seeds(measure, condition)]
+                for measure, interval in [
+                    *((name, self.over_seeds(name, condition)) for name in ("mean", "score", "share_of_optimum")),
+                    ("interquartile_score", self.interquartile(condition)),
+                ]
             }
             for condition in CONDITIONS
             if condition in self.first.conditions
         }
         return {
             "run": str(self.run_dir),
-            "context_size": self.context_size,
+            "protocol": self.source.protocol,
+            "context_size": self.source.size,
+            "context_unit": self.source.unit,
             "episodes": self.episodes,
             "test_seed": self.test_seed,
-            "protocol": "offline",
+            "task_accuracy": dataclasses.asdict(self.accuracy),
             "gradient_steps": self.run.settings.total_steps,
             "collection": {"name": self.collection.name, "content_hash": self.collection.content_hash},
             "summary": summary,
@@ -271,32 +306,50 @@ def _settings_and_seeds(
 
 
 def test_run(
-    run_dir: Path, stores: Path, quality: str | None, context_size: int | None, episodes: int, test_seed: int
+    run_dir: Path,
+    stores: Path,
+    quality: str | None,
+    context_size: int | None,
+    episodes: int,
+    test_seed: int,
+    protocol: str = "offline",  # noqa: PT028 (this is no pytest function)
+    unit: str | None = None,  # noqa: PT028
 ) -> RunTest:
     """Meta-test all seeds of a run on its collection's test tasks; every raw return is saved in RUN/tests.
 
     Raises `FocalError` when a seed is not fully trained, or when the run or its collection is missing or does not fit.
     """
-    run = read_run(run_dir)
-    _refuse_unfinished(run_dir, run)
-    collection = collection_of(run, stores)
-    tasks = select_test_tasks(collection, quality or run.source.quality)
-    size = context_size or run.settings.context_size
+    run, tasks = testable(run_dir, stores, quality)
+    source = context_source(protocol, unit, context_size, run.settings.context_size)
     results = {}
     for seed in run.source.seeds:
         agent = load_agent(run_dir, seed)
-        results[seed] = meta_test(agent, load_untrained_agent(run_dir, seed), tasks, size, episodes, test_seed)
-    tested = RunTest(run_dir, run, collection, size, episodes, test_seed, results)
-    name = f"{tasks.quality}-context{size}-episodes{episodes}-seed{test_seed}.json"
-    write_json(run_dir / "tests" / name, tested.to_json())
+        results[seed] = meta_test(agent, load_untrained_agent(run_dir, seed), tasks, source, episodes, test_seed)
+    tested = RunTest(run_dir, run, tasks.collection, source, episodes, test_seed, results)
+    write_json(run_dir / "tests" / f"{tested.name}.json", tested.to_json())
     return tested
+
+
+def testable(run_dir: Path, stores: Path, quality: str | None) -> tuple[Run, TestTasks]:
+    """Return a fully trained run and its test tasks with `quality` data (default: the training's).
+
+    Raises `FocalError` as `test_run` does.
+    """
+    run = read_run(run_dir)
+    _refuse_unfinished(run_dir, run)
+    return run, select_test_tasks(collection_of(run, stores), quality or run.source.quality)
+
+
+def last_step(run_dir: Path, seed: int) -> int:
+    """Return the step of a seed's last checkpoint, 0 where there is none."""
+    checkpoints = list_checkpoints(seed_folder(run_dir, seed) / "checkpoints")
+    return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
 
 def _refuse_unfinished(run_dir: Path, run: Run) -> None:
     """A table must never show a half-trained network as a result."""
     for seed in run.source.seeds:
-        checkpoints = list_checkpoints(seed_folder(run_dir, seed) / "checkpoints")
-        step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+        step = last_step(run_dir, seed)
         if step < run.settings.total_steps:
             raise FocalError(
                 f"{run_dir}: seed {seed} is at step {step} of {run.settings.total_steps}; "

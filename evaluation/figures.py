@@ -1,4 +1,8 @@
-"""The pictures of a run: return curve, embeddings by task, trajectories by quality. Colour-blind safe, PNG."""
+"""How every picture is drawn: one look, colour-blind safe, PNG and SVG. What goes into them is chosen elsewhere.
+
+Lines have Okabe and Ito's colours and a marker of their own; tasks, which are ordered, have viridis, whose lightness
+rises evenly. A curve is `curves[name][seed][step]`; its band is the 95% interval over seeds.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,83 +19,172 @@ from sklearn.manifold import TSNE
 from ..datasets import Collection, Selection
 from ..envs.point_robot import GOAL_RADIUS
 from ..errors import UsageError
-from .statistics import seed_interval
+from .statistics import Interval, seed_interval
 
-# Okabe and Ito's palette
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GOAL_COLOUR = "#D55E00"
 STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 130,
-         "axes.grid": True, "grid.alpha": 0.25}  # fmt: skip
+         "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "focal"}  # fmt: skip
+
+Curves = Mapping[str, Mapping[int, Mapping[int, float]]]
+"""Values by name, seed and gradient step."""
 
 
-def return_curve(path: Path, curves: Mapping[str, Mapping[int, Mapping[int, float]]], ylabel: str, title: str) -> None:
-    """Draw return against gradient steps: `curves[name][seed][step]`, mean over seeds with its 95% interval."""
+def return_curves(
+    path: Path, panels: Mapping[str, Curves], ylabels: Sequence[str], log_x: bool = False, columns: int = 3
+) -> list[Path]:
+    """Draw return against gradient steps, one panel per title: mean over seeds with its 95% interval."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-        for colour, (name, seeds) in zip(COLOURS, curves.items(), strict=False):
-            steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
-            intervals = [seed_interval([curve[step] for curve in seeds.values()]) for step in steps]
-            means = [interval.mean for interval in intervals]
-            axes.plot(steps, means, color=colour, label=f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
-            if 1 < len(seeds) < 10:  # few enough to show each
-                for curve in seeds.values():
-                    axes.plot(steps, [curve[step] for step in steps], ".", color=colour, ms=3, alpha=0.6)
-            if len(seeds) > 1:
-                low, high = [i.low for i in intervals], [i.high for i in intervals]
-                axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)  # type: ignore[arg-type]
-        axes.set(xlabel="gradient steps", ylabel=ylabel, title=title)
-        axes.legend(frameon=False)
-        _save(figure, path)
+        figure, axes = _grid(len(panels), columns, (4.4, 3.3))
+        names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+        for axis, (title, curves), ylabel in zip(axes, panels.items(), ylabels, strict=True):
+            for name, seeds in curves.items():
+                _draw_curve(axis, names.index(name), name, seeds)
+            axis.set(xlabel="gradient steps", ylabel=ylabel, title=title)
+            if log_x:
+                axis.set_xscale("log")
+        axes[0].legend(frameon=False, fontsize=8)
+        return save(figure, path)
+
+
+def _draw_curve(axis: Any, number: int, name: str, seeds: Mapping[int, Mapping[int, float]]) -> None:
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
+    label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+    intervals = [seed_interval([curve[step] for curve in seeds.values()]) for step in steps]
+    means = [interval.mean for interval in intervals]
+    every = max(1, len(steps) // 8)
+    axis.plot(steps, means, color=colour, marker=marker, markevery=every, ms=4, lw=1.5, label=label)
+    if 1 < len(seeds) < 10:  # few enough to show each
+        for curve in seeds.values():
+            axis.plot(steps, [curve[step] for step in steps], ".", color=colour, ms=2.5, alpha=0.6)
+    _draw_band(axis, steps, intervals, colour)
+
+
+def _draw_band(axis: Any, x: Sequence[float], intervals: Sequence[Interval], colour: str) -> None:
+    if intervals and all(interval.low is not None for interval in intervals):
+        low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+
+
+def value_curves(path: Path, panels: Mapping[str, Curves]) -> list[Path]:
+    """Draw the critics' mean value against gradient steps, on a scale that is logarithmic beyond +-100.
+
+    One line per seed, so that one that diverges is not averaged away.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = _grid(len(panels), 3, (4.6, 3.4))
+        for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+            for number, (name, seeds) in enumerate(curves.items()):
+                for i, curve in enumerate(seeds.values()):
+                    steps = sorted(curve)
+                    label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" if i == 0 else None
+                    axis.plot(steps, [curve[step] for step in steps], color=COLOURS[number], lw=1.1, label=label)
+            axis.set_yscale("symlog", linthresh=100)
+            axis.set(xlabel="gradient steps", ylabel="mean value of the batch", title=title)
+            axis.legend(frameon=False, fontsize=8)
+        return save(figure, path)
 
 
 def embeddings_by_task(
-    path: Path, embeddings: np.ndarray, task_of: np.ndarray, names: Sequence[str], title: str, seed: int = 0
-) -> None:
-    """Draw embeddings (n, L) in the plane (t-SNE), coloured by task (n,) in the tasks' order along `names`."""
-    points, axis = embeddings, "embedding"
-    if embeddings.shape[1] > 2 and len(embeddings) > 4:  # t-SNE needs neighbours
-        axis = "t-SNE"
-        perplexity = min(30.0, (len(embeddings) - 1) / 3.0)
-        points = TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(embeddings)
+    path: Path,
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    names: Sequence[str],
+    title: str = "",
+    seed: int = 0,
+) -> list[Path]:
+    """Draw embeddings (n, L) in the plane, coloured by task (n,) along the ordered `names`; one panel per title.
+
+    t-SNE (scikit-learn, PCA start, seeded) where L > 2, else the embedding itself.
+    """
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(5.2, 4.2), layout="constrained")
-        dots = axes.scatter(points[:, 0], points[:, -1], c=task_of, cmap="viridis", s=14, lw=0)
-        bar = figure.colorbar(dots, ax=axes, label="test task, ordered")
-        bar.set_ticks(range(len(names)) if len(names) <= 6 else [0, len(names) - 1])
-        bar.set_ticklabels(list(names) if len(names) <= 6 else [names[0], names[-1]])
-        axes.set(xlabel=f"{axis} 1", ylabel=f"{axis} 2", title=title)
-        _save(figure, path)
+        figure, axes = _grid(len(panels), 4, (3.7, 3.4), beside=1.2)
+        for axis, (heading, (embeddings, task_of)) in zip(axes, panels.items(), strict=True):
+            points, kind = in_the_plane(embeddings, seed)
+            dots = axis.scatter(points[:, 0], points[:, -1], c=task_of, cmap="viridis", s=9, lw=0, vmin=0,
+                                vmax=max(1, len(names) - 1))  # fmt: skip
+            axis.set(xlabel=f"{kind} 1", ylabel=f"{kind} 2", title=heading)
+            axis.set_axisbelow(True)
+        _task_bar(figure, dots, list(axes), names)
+        figure.suptitle(title)
+        return save(figure, path)
 
 
-def trajectories_by_quality(path: Path, panels: Mapping[str, Sequence[dict[str, Any]]], title: str) -> None:
+def in_the_plane(embeddings: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
+    """Return points (n, 2 or less) to draw embeddings (n, L) at, and what they are: "t-SNE" or "embedding"."""
+    if embeddings.shape[1] <= 2 or len(embeddings) <= 4:  # t-SNE needs neighbours
+        return embeddings, "embedding"
+    perplexity = min(30.0, (len(embeddings) - 1) / 3.0)
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(embeddings), "t-SNE"
+
+
+def embeddings_in_space(
+    path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]], names: Sequence[str], title: str = ""
+) -> list[Path]:
+    """Draw the last three dimensions of embeddings (n, L >= 3) in the cube (-1, 1)^3, as FOCAL's figure 7; no t-SNE."""
+    with plt.rc_context(STYLE):
+        figure, axes = _grid(len(panels), 4, (3.7, 3.7), beside=1.2, projection="3d")
+        for axis, (heading, (embeddings, task_of)) in zip(axes, panels.items(), strict=True):
+            dots = axis.scatter(*embeddings[:, -3:].T, c=task_of, cmap="viridis", s=7, lw=0, vmin=0,
+                                vmax=max(1, len(names) - 1))  # fmt: skip
+            limit = max(1.0, float(np.abs(embeddings[:, -3:]).max()))
+            axis.set(xlim=(-limit, limit), ylim=(-limit, limit), zlim=(-limit, limit), title=heading)
+        _task_bar(figure, dots, list(axes), names)
+        figure.suptitle(title)
+        return save(figure, path)
+
+
+def _task_bar(figure: Any, dots: Any, axes: list[Any], names: Sequence[str]) -> None:
+    ticks = range(len(names)) if len(names) <= 6 else [0, len(names) - 1]
+    bar = figure.colorbar(dots, ax=axes, shrink=0.85, aspect=25)
+    bar.set_ticks(list(ticks), labels=[names[tick] for tick in ticks])
+    bar.ax.set_title("tasks in order", fontsize=8, loc="left")
+
+
+def context_size_curve(path: Path, sweeps: Mapping[str, Any], ylabels: Mapping[str, str]) -> list[Path]:
+    """Draw return and task accuracy against context size, a row per title; see sweeps.py for `Sweep`."""
+    with plt.rc_context(STYLE):
+        figure, rows = plt.subplots(
+            len(sweeps), 2, figsize=(8.6, 3.2 * len(sweeps)), layout="constrained", squeeze=False
+        )
+        for (title, sweep), (left, right) in zip(sweeps.items(), rows, strict=True):
+            for axis, measure, colour in ((left, "return", COLOURS[0]), (right, "accuracy", COLOURS[2])):
+                intervals = [sweep.over_seeds(measure, size) for size in sweep.sizes]
+                axis.plot(sweep.sizes, [i.mean for i in intervals], marker="o", ms=4, color=colour)
+                _draw_band(axis, sweep.sizes, intervals, colour)
+                axis.set(xscale="log", xlabel="context transitions", title=title)
+            chance = 1 / len(sweep.tasks.entries)
+            right.axhline(chance, color="0.4", lw=1, ls="--")
+            right.text(0.99, chance + 0.01, f"chance {chance:.2f}", ha="right", va="bottom",
+                       transform=right.get_yaxis_transform())  # fmt: skip
+            left.set_ylabel(ylabels[title])
+            right.set(ylabel="task accuracy", ylim=(0, 1.05))
+        return save(figure, path)
+
+
+def trajectories_by_quality(path: Path, panels: Mapping[str, Sequence[dict[str, Any]]], title: str) -> list[Path]:
     """Draw point-robot episodes, one panel per quality; each entry holds `positions` (H + 1, 2) and `goal` (2,).
 
     The circle is the goal region, where the sparse reward is not zero (FOCAL figure 8).
     """
     with plt.rc_context(STYLE):
-        figure, row = plt.subplots(
-            1,
-            len(panels),
-            figsize=(3.3 * len(panels), 3.2),
-            layout="constrained",
-            sharex=True,
-            sharey=True,
-            squeeze=False,
-        )
+        figure, axes = _grid(len(panels), len(panels), (3.3, 3.2), sharex=True, sharey=True)
         goals = sorted({tuple(episode["goal"]) for episodes in panels.values() for episode in episodes})
-        for axes, (quality, episodes) in zip(row[0], panels.items(), strict=True):
+        for axis, (quality, episodes) in zip(axes, panels.items(), strict=True):
             for episode in episodes:
                 colour = COLOURS[goals.index(tuple(episode["goal"])) % len(COLOURS)]
-                axes.plot(*episode["positions"].T, color=colour, lw=0.9, alpha=0.7)
+                axis.plot(*episode["positions"].T, color=colour, lw=0.9, alpha=0.7)
             for goal in goals:
-                axes.add_patch(plt.Circle(goal, GOAL_RADIUS, color="#B00020", fill=False, lw=1.2))
-            axes.plot(0, 0, "k+", ms=8)
-            axes.set(title=quality if episodes else f"{quality} (no episodes)", xlabel="x (m)", aspect="equal")
-        row[0][0].set_ylabel("y (m)")
+                axis.add_patch(plt.Circle(goal, GOAL_RADIUS, color="#B00020", fill=False, lw=1.2))
+            axis.plot(0, 0, "k+", ms=8)
+            axis.set(title=quality if episodes else f"{quality} (no episodes)", xlabel="x (m)", aspect="equal")
+        axes[0].set_ylabel("y (m)")
         figure.suptitle(title)
-        _save(figure, path)
+        return save(figure, path)
 
 
-def returns_by_quality(path: Path, returns: Mapping[str, np.ndarray], title: str) -> None:
+def returns_by_quality(path: Path, returns: Mapping[str, np.ndarray], title: str) -> list[Path]:
     """Draw the distribution of episode returns per quality, for families that have no plane to draw in."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
@@ -100,7 +193,7 @@ def returns_by_quality(path: Path, returns: Mapping[str, np.ndarray], title: str
             axes.hist(values, bins=40, histtype="step", lw=1.6, color=colour, label=f"{quality} ({len(values)})")
         axes.set(xlabel="episode return", ylabel="episodes", title=title)
         axes.legend(frameon=False)
-        _save(figure, path)
+        return save(figure, path)
 
 
 def behaviour_data(path: Path, collection: Collection) -> None:
@@ -126,10 +219,39 @@ def behaviour_data(path: Path, collection: Collection) -> None:
         right.set(xlabel="return of an episode", ylabel="episodes", title="by quality")
         right.legend(frameon=False)
         figure.suptitle(f"{collection.name} {collection.version}, {len(tables)} tasks")
-        _save(figure, path)
+        save(figure, path, both=False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path, both: bool = True) -> list[Path]:
+    """Write a figure to `path`, and beside a PNG the same as SVG; close it; return the files."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    files = [path, path.with_suffix(".svg")] if both and path.suffix == ".png" else [path]
+    for file in files:
+        # a date in the file would make the same picture another file every time
+        figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
     plt.close(figure)
+    return files
+
+
+def _grid(
+    panels: int,
+    columns: int,
+    size: tuple[float, float],
+    beside: float = 0.0,
+    projection: str | None = None,
+    **share: Any,
+) -> Any:
+    """Return a figure and its `panels` axes in rows of at most `columns`.
+
+    `size` is that of a panel, `beside` the width of what stands beside all of them, in inches.
+    """
+    columns = min(columns, panels)
+    rows = -(-panels // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size[0] * columns + beside, size[1] * rows), layout="constrained", squeeze=False,
+        subplot_kw={"projection": projection} if projection else None, **share,
+    )  # fmt: skip
+    flat = axes.ravel()
+    for axis in flat[panels:]:
+        axis.remove()
+    return figure, flat[:panels]

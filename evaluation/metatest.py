@@ -7,7 +7,7 @@ look like success.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ from ..trainer.agent import Agent
 from ..trainer.diagnostics import embedding_metrics
 from ..trainer.networks import TanhGaussianPolicy
 from ..trainer.policies import load_policy
-from ..trainer.replay import TaskReplay
+from .embeddings import embed_contexts, nearest_centroid_accuracy, spread
 from .statistics import normalised
 
 RIGHT, WRONG, UNTRAINED, ZERO, EXPERT = "right context", "wrong context", "untrained", "zero action", "expert"
 CONDITIONS = (RIGHT, WRONG, UNTRAINED, ZERO, EXPERT)
-EPISODE_STREAM, CONTEXT_STREAM = 5, 6  # children of the test seed
+EPISODE_STREAM, CENTROID_STREAM = 5, 7  # children of the test seed
+CENTROID_CONTEXTS = 20  # contexts of the training size whose mean embedding stands for a task
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,57 @@ class TaskReturns:
         """The returns this family reports (K, E): sparse where there are any (FOCAL section 5.1)."""
         return self.dense if self.sparse is None else self.sparse
 
+    def to_json(self) -> dict[str, Any]:
+        """Return every return as JSON values."""
+        return {
+            "returns": self.dense.tolist(),
+            "sparse_returns": None if self.sparse is None else self.sparse.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """What the agent is told of the task of each of M episodes, K tasks times E, task by task."""
+
+    embeddings: np.ndarray  # (M, L) from contexts of the episode's own task
+    wrong: np.ndarray  # (M, L) from contexts of the task half-way round the ordered list
+    returns: TaskReturns | None = None  # (K, E, R) of the R episodes rolled out for each context, if any were
+
+
+@dataclass(frozen=True)
+class ContextSource:
+    """Where contexts come from: `OfflineTransitions` here, the other protocols in protocols.py."""
+
+    size: int  # of a context, in `unit`
+    protocol: ClassVar[str]  # offline, shift or online
+    unit: ClassVar[str] = "transitions"  # or episodes
+
+    def gather(self, agent: Agent, tasks: "TestTasks", envs: BatchedEnvs, seed: int) -> Contexts:
+        """Return contexts for every episode of `envs`, K tasks times E, as `agent` embeds them."""
+        raise NotImplementedError
+
+
+class OfflineTransitions(ContextSource):
+    """Logged transitions of the test task, drawn independently, with replacement (FOCAL algorithm 2)."""
+
+    protocol = "offline"
+
+    def gather(self, agent: Agent, tasks: "TestTasks", envs: BatchedEnvs, seed: int) -> Contexts:
+        """See `ContextSource`."""
+        own = task_of_episode(tasks, envs)
+        other = half_way_round(own, len(tasks.entries))
+        right, wrong = (embed_contexts(agent, tasks.contexts, source, self.size, seed) for source in (own, other))
+        return Contexts(right, wrong)
+
 
 @dataclass(frozen=True)
 class MetaTestResult:
     """Returns of every episode of every condition of one trained network."""
 
     family: str
+    protocol: str
+    context_size: int
+    context_unit: str
     quality: str
     task_indices: tuple[int, ...]
     skipped: tuple[int, ...]
@@ -72,6 +118,18 @@ class MetaTestResult:
     optimum: np.ndarray | None  # (K,) where a closed-form optimum exists
     counted: np.ndarray  # (K,) bool: the task's behaviour expert passed its absolute test
     embeddings: np.ndarray = field(repr=False)  # (K, E, L) of the right contexts
+    centroids: np.ndarray = field(repr=False)  # (K, L) mean embedding of each task's logged contexts
+    context_returns: TaskReturns | None = None  # (K, E, R) of episodes that were rolled out for a context
+
+    @property
+    def task_accuracy(self) -> float:
+        """Share of contexts whose embedding is nearest to the centroid of their own task."""
+        return nearest_centroid_accuracy(self.embeddings, self.centroids)
+
+    @property
+    def spread(self) -> dict[str, float]:
+        """ESR, RMS and effective dimensions of the tasks' mean embeddings; see embeddings.py."""
+        return spread(self.embeddings)
 
     def mean(self, condition: str) -> float:
         """Mean reported return over tasks and episodes."""
@@ -95,7 +153,12 @@ class MetaTestResult:
         """Return every raw return and the summaries as JSON values."""
         return {
             "family": self.family,
+            "protocol": self.protocol,
+            "context_size": self.context_size,
+            "context_unit": self.context_unit,
             "quality": self.quality,
+            "task_accuracy": self.task_accuracy,
+            **self.spread,
             "tasks": list(self.task_indices),
             "skipped_tasks": list(self.skipped),
             "heldout_context_only": self.heldout_only,
@@ -103,14 +166,16 @@ class MetaTestResult:
             "untrained_reference": self.untrained_reference.tolist(),
             "expert_reference": self.expert_reference.tolist(),
             "expert_passed": self.counted.tolist(),
+            "embeddings": self.embeddings.tolist(),
+            "centroids": self.centroids.tolist(),
+            "context_returns": None if self.context_returns is None else self.context_returns.to_json(),
             "conditions": {
                 name: {
                     "mean": self.mean(name),
                     "score": self.score(name),
                     "task_scores": [None if np.isnan(score) else score for score in self.task_scores(name).tolist()],
                     "share_of_optimum": self.share_of_optimum(name),
-                    "returns": returns.dense.tolist(),
-                    "sparse_returns": None if returns.sparse is None else returns.sparse.tolist(),
+                    **returns.to_json(),
                 }
                 for name, returns in self.conditions.items()
             },
@@ -139,35 +204,34 @@ def select_test_tasks(collection: Collection, quality: str) -> TestTasks:
 
 
 def meta_test(
-    agent: Agent, untrained: Agent, tasks: TestTasks, context_size: int, episodes: int, seed: int
+    agent: Agent, untrained: Agent, tasks: TestTasks, source: ContextSource, episodes: int, seed: int
 ) -> MetaTestResult:
     """Test `agent` on `tasks` beside all controls; `untrained` is the same method before training.
 
-    Every episode has a context of its own: `context_size` transitions drawn from the task's data. All conditions
-    play the same episode seeds. The wrong context is that of the task half-way round the ordered list.
+    Every episode has a context of its own, from `source`, and all conditions play the same episode seeds. The wrong
+    context is that of the task half-way round the ordered list.
     """
     count = len(tasks.entries)
     envs = make_batch(tasks.family, [entry.record.params for entry in tasks.entries for _ in range(episodes)])
-    seeds = _episode_seeds(seed, count * episodes)
-    own = np.repeat(np.arange(count), episodes)
-    wrong = (own + count // 2) % count
-    embeddings = embed_contexts(agent, tasks.contexts, own, context_size, seed)
+    seeds = episode_seeds(seed, count * episodes)
+    contexts = source.gather(agent, tasks, envs, seed)
     play = {
-        RIGHT: lambda: play_agent(envs, agent, embeddings, seeds),
-        WRONG: lambda: play_agent(envs, agent, embed_contexts(agent, tasks.contexts, wrong, context_size, seed), seeds),
-        UNTRAINED: lambda: play_agent(
-            envs, untrained, embed_contexts(untrained, tasks.contexts, own, context_size, seed), seeds
-        ),
+        RIGHT: lambda: play_agent(envs, agent, contexts.embeddings, seeds),
+        WRONG: lambda: play_agent(envs, agent, contexts.wrong, seeds),
+        UNTRAINED: lambda: play_agent(envs, untrained, source.gather(untrained, tasks, envs, seed).embeddings, seeds),
         ZERO: lambda: rollout(envs, lambda obs: np.zeros((len(obs), tasks.family.act_dim), np.float32), seeds),
         EXPERT: lambda: play_experts(envs, tasks, episodes, seeds),
     }
     if count < 2:
         del play[WRONG]  # there is no other task
-    conditions = {name: _returns(run(), count, episodes) for name, run in play.items()}
+    conditions = {name: task_returns(run(), count, episodes) for name, run in play.items()}
     envs.close()
     untrained_reference, expert_reference = _references(tasks)
     return MetaTestResult(
         family=tasks.family.name,
+        protocol=source.protocol,
+        context_size=source.size,
+        context_unit=source.unit,
         quality=tasks.quality,
         task_indices=tuple(entry.index for entry in tasks.entries),
         skipped=tasks.skipped,
@@ -177,7 +241,9 @@ def meta_test(
         expert_reference=expert_reference,
         optimum=_optimum(tasks),
         counted=np.array([entry.record.references.reached_expert for entry in tasks.entries]),
-        embeddings=embeddings.reshape(count, episodes, -1),
+        embeddings=contexts.embeddings.reshape(count, episodes, -1),
+        centroids=task_centroids(agent, tasks, seed),
+        context_returns=contexts.returns,
     )
 
 
@@ -186,32 +252,21 @@ def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int,
     count = len(tasks.entries)
     parameters = [entry.record.params for entry in tasks.entries for _ in range(episodes)]
     envs = make_batch(tasks.family, parameters, threads=1)  # the other cores train the other seeds
-    seeds = _episode_seeds(seed, count * episodes)
+    seeds = episode_seeds(seed, count * episodes)
     own = np.repeat(np.arange(count), episodes)
     sources = {"return": own}
     if count > 1:
-        sources["wrong_context_return"] = (own + count // 2) % count
+        sources["wrong_context_return"] = half_way_round(own, count)
     metrics: dict[str, float] = {}
     for name, source in sources.items():
         embeddings = embed_contexts(agent, tasks.contexts, source, context_size, seed)
         if name == "return":
-            spread = embedding_metrics(torch.from_numpy(embeddings[::episodes]))  # one context per task
-            metrics |= {f"test/{measure}": value for measure, value in spread.items()}
-        returns = _returns(play_agent(envs, agent, embeddings, seeds), count, episodes)
+            measured = embedding_metrics(torch.from_numpy(embeddings[::episodes]))  # one context per task
+            metrics |= {f"test/{measure}": value for measure, value in measured.items()}
+        returns = task_returns(play_agent(envs, agent, embeddings, seeds), count, episodes)
         metrics[f"test/{name}"] = float(returns.reported.mean())
     envs.close()
     return metrics
-
-
-def embed_contexts(
-    agent: Agent, contexts: Sequence[Transitions], source: np.ndarray, size: int, seed: int
-) -> np.ndarray:
-    """Embed one fresh context per entry of `source` (M,), positions in `contexts`. Returns (M, L)."""
-    replay = TaskReplay(contexts, agent.transform, agent.settings, agent.device)
-    words = np.random.SeedSequence(seed, spawn_key=(CONTEXT_STREAM,)).generate_state(2)
-    generator = torch.Generator(agent.device).manual_seed(int(words[0]))
-    context = replay.sample_context(torch.as_tensor(source, device=agent.device), size, generator)
-    return agent.embed(context).cpu().numpy()
 
 
 def play_agent(envs: BatchedEnvs, agent: Agent, embeddings: np.ndarray, seeds: Sequence[int]) -> Rollouts:
@@ -229,7 +284,7 @@ def play_experts(envs: BatchedEnvs, tasks: TestTasks, episodes: int, seeds: Sequ
     experts = []
     for entry in tasks.entries:
         stem = f"policies/task_{entry.index:04d}/step_{entry.record.references.expert_sac_step:09d}"
-        experts.append(_read_policy(tasks.collection, stem))
+        experts.append(read_policy(tasks.collection, stem))
 
     @torch.no_grad()
     def act(observations: np.ndarray) -> np.ndarray:
@@ -239,18 +294,38 @@ def play_experts(envs: BatchedEnvs, tasks: TestTasks, episodes: int, seeds: Sequ
     return rollout(envs, act, seeds)
 
 
-def _read_policy(collection: Collection, stem: str) -> TanhGaussianPolicy:
+def read_policy(collection: Collection, stem: str) -> TanhGaussianPolicy:
     """Read a behaviour policy from the collection, wherever that is."""
     where = f"{collection.source}/{stem}"
     return load_policy(lambda suffix, limit: collection.read_file(stem + suffix, limit), where)[0]
 
 
-def _episode_seeds(seed: int, count: int) -> list[int]:
-    words = np.random.SeedSequence(seed, spawn_key=(EPISODE_STREAM,)).generate_state(count)
+def task_centroids(agent: Agent, tasks: TestTasks, seed: int) -> np.ndarray:
+    """Return the mean embedding of contexts of the training size, or what there is, of each task's data, (K, L)."""
+    own = np.repeat(np.arange(len(tasks.entries)), CENTROID_CONTEXTS)
+    size = min(agent.settings.context_size, *(len(context.rows) for context in tasks.contexts))
+    embeddings = embed_contexts(agent, tasks.contexts, own, size, seed, CENTROID_STREAM)
+    return embeddings.reshape(len(tasks.entries), CENTROID_CONTEXTS, -1).mean(axis=1)
+
+
+def task_of_episode(tasks: TestTasks, envs: BatchedEnvs) -> np.ndarray:
+    """Return the position in `tasks` of each of the M episodes of `envs`, (M,)."""
+    return np.repeat(np.arange(len(tasks.entries)), len(envs.tasks) // len(tasks.entries))
+
+
+def half_way_round(own: np.ndarray, count: int) -> np.ndarray:
+    """Return for positions `own` in an ordered list of `count` tasks those of the tasks least like them."""
+    return (own + count // 2) % count
+
+
+def episode_seeds(seed: int, count: int, *stream: int) -> list[int]:
+    """Return the reset seeds of `count` episodes."""
+    words = np.random.SeedSequence(seed, spawn_key=(EPISODE_STREAM, *stream)).generate_state(count)
     return [int(word) for word in words]
 
 
-def _returns(rollouts: Rollouts, count: int, episodes: int) -> TaskReturns:
+def task_returns(rollouts: Rollouts, count: int, episodes: int) -> TaskReturns:
+    """Return the returns of `count` tasks times `episodes`, task by task, as (K, E)."""
     sparse = rollouts.sparse_returns
     return TaskReturns(
         rollouts.returns.reshape(count, episodes), None if sparse is None else sparse.reshape(count, episodes)

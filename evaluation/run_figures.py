@@ -1,6 +1,6 @@
 """Which pictures a tested run gets: return curve, embeddings by task, the data it learnt from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,19 @@ def draw_run(run_dir: Path, run: Run, collection: Collection, results: Mapping[i
     where = "held-out context" if result.heldout_only else "unseen tasks"
     saved = []
     if curves := _curves(run_dir, results):
-        saved.append(folder / "return_curve.png")
         ylabel = f"{'sparse return' if get_family(run.family).sparse else 'return'} on {where}"
-        figures.return_curve(saved[-1], curves, ylabel, f"{run.family}, {run.source.quality} data")
+        title = f"{run.family}, {run.source.quality} data"
+        saved += figures.return_curves(folder / "return_curve.png", {title: curves}, [ylabel])
     count, episodes, latent = result.embeddings.shape
-    saved.append(folder / "embeddings.png")
-    figures.embeddings_by_task(
-        saved[-1],
-        result.embeddings.reshape(count * episodes, latent),
-        np.repeat(np.arange(count), episodes),
-        [f"task {index}" for index in result.task_indices],
-        f"{run.family}: embeddings, {where}",
+    points = result.embeddings.reshape(count * episodes, latent), np.repeat(np.arange(count), episodes)
+    names = [f"task {index}" for index in result.task_indices]
+    saved += figures.embeddings_by_task(
+        folder / "embeddings.png", {f"{run.family}: embeddings, {where}": points}, names
     )
-    saved.append(folder / "data_by_quality.png")
-    draw_data(saved[-1], collection, result.task_indices)
-    return saved
+    return saved + draw_data(folder / "data_by_quality.png", collection, result.task_indices)
 
 
-def draw_data(path: Path, collection: Collection, tasks: tuple[int, ...]) -> None:
+def draw_data(path: Path, collection: Collection, tasks: tuple[int, ...]) -> list[Path]:
     """Draw some of `tasks`' episodes by quality: trajectories on the plane, or a histogram of returns."""
     if collection.family != "sparse-point-robot":
         loaded = [collection.load(entry.index) for entry in collection.tasks]
@@ -51,8 +46,7 @@ def draw_data(path: Path, collection: Collection, tasks: tuple[int, ...]) -> Non
             level: np.concatenate([e.returns[e.qualities == Quality[level.upper()]] for e in loaded])
             for level in LEVELS
         }
-        figures.returns_by_quality(path, returns, f"{collection.family}: episodes by quality")
-        return
+        return figures.returns_by_quality(path, returns, f"{collection.family}: episodes by quality")
     panels: dict[str, list[dict[str, Any]]] = {level: [] for level in LEVELS}
     for index in tasks[:: -(-len(tasks) // TASKS_DRAWN)]:
         episodes, goal = collection.load(index), collection.task(index).record.params["goal"]
@@ -60,15 +54,22 @@ def draw_data(path: Path, collection: Collection, tasks: tuple[int, ...]) -> Non
         for level in LEVELS:
             for e in np.flatnonzero(episodes.qualities == Quality[level.upper()])[:EPISODES_DRAWN]:
                 panels[level].append({"positions": episodes.observations[starts[e] : starts[e + 1]], "goal": goal})
-    figures.trajectories_by_quality(path, panels, f"{collection.family}: episodes by quality, goal region circled")
+    return figures.trajectories_by_quality(
+        path, panels, f"{collection.family}: episodes by quality, goal region circled"
+    )
 
 
-def _curves(run_dir: Path, seeds: Mapping[int, Any]) -> dict[str, dict[int, dict[int, float]]]:
+def _curves(run_dir: Path, seeds: Iterable[int]) -> dict[str, dict[int, dict[int, float]]]:
     """`curves[name][seed][step]` from the meta-tests logged during training; names that lack a seed are left out."""
     keys = {"right context": "test/return", "wrong context": "test/wrong_context_return"}
-    curves: dict[str, dict[int, dict[int, float]]] = {name: {} for name in keys}
-    for seed in seeds:
-        rows: Any = read_rows(seed_folder(run_dir, seed) / "evaluation.jsonl")
-        for name, key in keys.items():
-            curves[name][seed] = {row["step"]: row[key] for row in rows if key in row}
+    curves = {name: logged(run_dir, seeds, "evaluation", key) for name, key in keys.items()}
     return {name: curve for name, curve in curves.items() if all(curve.values())}
+
+
+def logged(run_dir: Path, seeds: Iterable[int], log: str, key: str) -> dict[int, dict[int, float]]:
+    """Return `values[seed][step]` of one field of a run's logs; `log` is "metrics" or "evaluation"."""
+    values: dict[int, dict[int, float]] = {}
+    for seed in seeds:
+        rows: Any = read_rows(seed_folder(run_dir, seed) / f"{log}.jsonl")
+        values[seed] = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+    return values

@@ -1,17 +1,26 @@
-"""Intervals over seeds. One seed is one trained network, so whole seeds are resampled, never single episodes."""
+"""Summaries and intervals over seeds. One seed is one trained network, so whole seeds are resampled, never cells.
 
-from collections.abc import Sequence
+Every statistic of a score table (S seeds, K tasks) is computed within each seed first; its mean over seeds and the
+interval then rest on S independent numbers: Student's t below 10 seeds, a bootstrap of whole seeds from 10. (rliable
+pools runs and tasks before it takes the interquartile mean; with one estimate per seed, few seeds have a t interval
+too, and the estimand is the same for any number of seeds.) Cells that are NaN, tasks without a score, are left out.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.stats
 
 BOOTSTRAP_FROM = 10  # seeds; below that a bootstrap's interval is too short, and Student's t is used
+_RESAMPLES = 9999
+
+Scores = np.ndarray | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean over seeds and its 95% confidence interval; `low` and `high` are None for a single seed."""
+    """An estimate over seeds and its 95% confidence interval; `low` and `high` are None for a single seed."""
 
     mean: float
     low: float | None
@@ -20,11 +29,11 @@ class Interval:
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
-            return f"{self.mean:.2f} (1 seed)"
+            return f"{self.mean:.2f} ({self.seeds} seed{'s' * (self.seeds > 1)})"
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def seed_interval(per_seed: Sequence[float], confidence: float = 0.95) -> Interval:
+def seed_interval(per_seed: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:
     """Return mean and interval of one number per seed: Student's t below 10 seeds, BCa bootstrap of seeds from 10.
 
     Raises `ValueError` for no seeds.
@@ -40,8 +49,110 @@ def seed_interval(per_seed: Sequence[float], confidence: float = 0.95) -> Interv
     if values.size < BOOTSTRAP_FROM:
         half = float(scipy.stats.t.ppf(0.5 + confidence / 2, values.size - 1) * scipy.stats.sem(values))
         return Interval(mean, mean - half, mean + half, len(values))
-    result = scipy.stats.bootstrap((values,), np.mean, confidence_level=confidence, rng=np.random.default_rng(0))
+    result = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=_RESAMPLES, confidence_level=confidence, rng=np.random.default_rng(0)
+    )
     return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high), len(values))
+
+
+def difference_interval(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, confidence: float = 0.95
+) -> Interval:
+    """Return mean(first) - mean(second) and its interval, from one number per seed of two methods.
+
+    The seeds of two methods are independent trainings, so this is Welch's t where either has fewer than 10 seeds, else
+    a bootstrap of the seeds of each (percentile). `seeds` is the smaller count. Raises `ValueError` for no seeds.
+    """
+    one, two = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if not one.size or not two.size:
+        raise ValueError("no seeds")
+    mean, seeds = float(one.mean() - two.mean()), min(one.size, two.size)
+    if seeds == 1:
+        return Interval(mean, None, None, 1)
+    if np.ptp(one) == 0 and np.ptp(two) == 0:
+        return Interval(mean, mean, mean, seeds)
+    if seeds < BOOTSTRAP_FROM:
+        bounds = scipy.stats.ttest_ind(one, two, equal_var=False).confidence_interval(confidence)
+        return Interval(mean, float(bounds.low), float(bounds.high), seeds)
+
+    def difference(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+        return a.mean(axis=axis) - b.mean(axis=axis)
+
+    result = scipy.stats.bootstrap(
+        (one, two), difference, n_resamples=_RESAMPLES, confidence_level=confidence, method="percentile",
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high), seeds)
+
+
+def verdict(difference: Interval, span: float) -> str:
+    """Say in a word what a difference (first - second) shows; `span` is reference - untrained, in the same unit.
+
+    "better" or "worse" where the interval leaves 0 out, "not distinguishable" where all of it lies within 10% of
+    `span` around 0, else "undecided": more seeds are needed (design section 9).
+    """
+    if difference.low is None or difference.high is None:
+        return "undecided"
+    if max(abs(difference.low), abs(difference.high)) <= 0.1 * abs(span):
+        return "not distinguishable"
+    if difference.low > 0 or difference.high < 0:
+        return "better" if difference.low > 0 else "worse"
+    return "undecided"
+
+
+def interquartile_mean(values: np.ndarray | Sequence[float]) -> float:
+    """Return the mean of the middle half of all `values`, NaN left out: a quarter is cut off at each end.
+
+    As `scipy.stats.trim_mean(values, 0.25)`: of 4n + r values, n are cut at each end. Raises `ValueError` for none.
+    """
+    flat = np.asarray(values, np.float64).reshape(-1)
+    flat = flat[~np.isnan(flat)]
+    if flat.size == 0:
+        raise ValueError("no values")
+    return float(scipy.stats.trim_mean(flat, 0.25))
+
+
+def mean_of_counted(values: np.ndarray) -> float:
+    """Return the mean of all `values` that are not NaN."""
+    return float(np.nanmean(np.asarray(values, np.float64)))
+
+
+def over_seeds(scores: Scores, statistic: Callable[[np.ndarray], float] = interquartile_mean) -> Interval:
+    """Return the interval over seeds of `statistic` of each seed's scores, for `scores` (S, ...)."""
+    return seed_interval([statistic(row) for row in np.asarray(scores, np.float64)])
+
+
+def performance_profile(scores: Scores, thresholds: np.ndarray | Sequence[float]) -> np.ndarray:
+    """Return each seed's share of scores above each threshold, (S, T), for `scores` (S, ...) and `thresholds` (T,).
+
+    Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice": the run-score distribution, kept per seed
+    so that `seed_interval` of a column gives the band.
+    """
+    rows = [row.reshape(-1) for row in np.asarray(scores, np.float64)]
+    counted = [row[~np.isnan(row)] for row in rows]
+    return np.array([[float((row > threshold).mean()) for threshold in thresholds] for row in counted])
+
+
+def probability_of_improvement(first: Scores, second: Scores) -> Interval:
+    """Return the chance that a seed of `first` (S1, K) scores higher than one of `second` (S2, K), mean over K tasks.
+
+    Ties count half, so per task it is the Mann-Whitney U over S1 S2 (Agarwal et al. 2021). The interval is a
+    bootstrap of the seeds of both (percentile); where either has fewer than 10 seeds it is left out.
+    """
+    one, two = (np.asarray(scores, np.float64) for scores in (first, second))
+    keep = ~(np.isnan(one).any(axis=0) | np.isnan(two).any(axis=0))
+    if not one.size or not two.size or not keep.any():
+        raise ValueError("no scores that both have")
+    # (S1, S2): share of tasks on which seed i of the first beats seed j of the second
+    wins = np.array([[(np.sign(a - b) + 1.0).mean() / 2.0 for b in two[:, keep]] for a in one[:, keep]])
+    estimate, seeds = float(wins.mean()), min(wins.shape)
+    if seeds < BOOTSTRAP_FROM:
+        return Interval(estimate, None, None, seeds)
+    rng = np.random.default_rng(0)
+    rows, columns = (rng.integers(n, size=(_RESAMPLES, n)) for n in wins.shape)
+    draws = np.array([wins[np.ix_(i, j)].mean() for i, j in zip(rows, columns, strict=True)])
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(estimate, float(low), float(high), seeds)
 
 
 def normalised(returns: np.ndarray, untrained: np.ndarray, reference: np.ndarray) -> np.ndarray:

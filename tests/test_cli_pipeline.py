@@ -61,8 +61,8 @@ def test_generate_train_test(name, tmp_path):
         assert np.isfinite(returns).all()
     (run,) = (tmp_path / "runs").iterdir()
     assert {picture.name for picture in (run / "figures").iterdir()} == {
-        "return_curve.png", "embeddings.png", "data_by_quality.png",
-    }  # fmt: skip
+        f"{name}.{form}" for name in ("return_curve", "embeddings", "data_by_quality") for form in ("png", "svg")
+    }
     (saved,) = (run / "tests").iterdir()
     assert json.loads(saved.read_text())["summary"].keys() == result["summary"].keys()
     if family.fixed_tasks is None:

@@ -7,8 +7,9 @@ import torch
 from focal import FocalError
 from focal.envs import get_family
 from focal.envs.point_robot import SparsePointRobotEnv, straight_line_action, straight_line_return
-from focal.evaluation import meta_test, quick_test, select_test_tasks
-from focal.evaluation.metatest import EXPERT, RIGHT, UNTRAINED, WRONG, ZERO, TaskReturns, embed_contexts
+from focal.evaluation import OfflineTransitions, meta_test, quick_test, select_test_tasks
+from focal.evaluation.embeddings import embed_contexts
+from focal.evaluation.metatest import EXPERT, RIGHT, UNTRAINED, WRONG, ZERO, TaskReturns
 from focal.trainer.diagnostics import embedding_metrics
 from focal.trainer.networks import TanhGaussianPolicy
 from focal.trainer.policies import save_policy
@@ -60,7 +61,7 @@ def tasks(make_collection, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(tasks):
-    return meta_test(GoalReader(), Idle(), tasks, context_size=32, episodes=EPISODES, seed=0)
+    return meta_test(GoalReader(), Idle(), tasks, OfflineTransitions(32), episodes=EPISODES, seed=0)
 
 
 def test_the_right_context_gives_the_optimum_and_the_wrong_one_another_tasks_goal(tasks, result):
@@ -107,7 +108,7 @@ def test_tasks_whose_expert_failed_are_left_out_of_the_score(make_collection, tm
         (folder / f"task_{entry.index:04d}").mkdir(parents=True)
         step = entry.record.references.expert_sac_step
         save_policy(folder / f"task_{entry.index:04d}" / f"step_{step:09d}", TanhGaussianPolicy(2, (4,), 2), {})
-    result = meta_test(GoalReader(), Idle(), tasks, 32, 2, 0)
+    result = meta_test(GoalReader(), Idle(), tasks, OfflineTransitions(32), 2, 0)
     scores = dict(zip(result.task_indices, result.task_scores(RIGHT), strict=True))
     assert np.isnan(scores[3])
     assert result.score(RIGHT) == pytest.approx(scores[2])
@@ -116,7 +117,7 @@ def test_tasks_whose_expert_failed_are_left_out_of_the_score(make_collection, tm
 
 
 def test_same_seed_same_numbers_and_every_episode_its_own_context(tasks, result):
-    again = meta_test(GoalReader(), Idle(), tasks, 32, EPISODES, 0)
+    again = meta_test(GoalReader(), Idle(), tasks, OfflineTransitions(32), EPISODES, 0)
     # the oracle's least squares, not the protocol, differs in the last bit between calls
     assert again.conditions[RIGHT].dense == pytest.approx(result.conditions[RIGHT].dense, rel=1e-5)
     assert again.embeddings == pytest.approx(result.embeddings, rel=1e-5)

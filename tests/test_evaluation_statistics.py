@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from focal.evaluation.statistics import normalised, seed_interval
+from focal.evaluation.statistics import (
+    Interval,
+    difference_interval,
+    interquartile_mean,
+    mean_of_counted,
+    normalised,
+    over_seeds,
+    performance_profile,
+    probability_of_improvement,
+    seed_interval,
+    verdict,
+)
 
 
 def test_t_interval_by_hand():
@@ -22,6 +33,7 @@ def test_one_seed_has_no_interval():
     assert (interval.mean, interval.low, interval.high) == (7.0, None, None)
     assert str(interval) == "7.00 (1 seed)"
     assert str(seed_interval([1.0, 1.0])) == "1.00 [1.00, 1.00]"
+    assert str(Interval(0.5, None, None, 3)) == "0.50 (3 seeds)"
     with pytest.raises(ValueError, match="no seeds"):
         seed_interval([])
 
@@ -33,6 +45,94 @@ def test_from_ten_seeds_it_is_a_bootstrap_of_seeds():
     t = scipy.stats.t.interval(0.95, 11, loc=values.mean(), scale=scipy.stats.sem(values))
     assert interval.low != pytest.approx(t[0])
     assert values.min() < interval.low < interval.mean < interval.high < values.max()
+
+
+def test_a_score_table_is_resampled_by_whole_seeds():
+    # 10 seeds that differ a lot, tasks within a seed that hardly do: resampling cells would shrink the interval
+    # by sqrt(K); resampling seeds gives that of the seeds' own means, however many tasks there are
+    rng = np.random.default_rng(1)
+    means = rng.normal(size=10)
+    scores = means[:, None] + 1e-3 * rng.normal(size=(10, 200))
+    interval = over_seeds(scores, mean_of_counted)
+    assert interval == seed_interval(scores.mean(axis=1))
+    assert interval.high - interval.low > 0.5 * 4 * means.std(ddof=1) / np.sqrt(10)
+    assert over_seeds(scores[:3]).mean == pytest.approx(
+        np.mean([scipy.stats.trim_mean(row, 0.25) for row in scores[:3]])
+    )
+
+
+def test_interquartile_mean_against_scipy_and_by_hand():
+    assert interquartile_mean([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5  # 2, 3, 4, 5
+    values = np.random.default_rng(2).normal(size=(7, 9))
+    assert interquartile_mean(values) == scipy.stats.trim_mean(values, 0.25, axis=None)
+    assert interquartile_mean([np.nan, 2.0]) == 2.0
+    with pytest.raises(ValueError, match="no values"):
+        interquartile_mean([np.nan])
+
+
+def test_difference_is_welch_below_ten_seeds():
+    first, second = [3.0, 4.0, 5.0], [1.0, 1.5, 1.0, 2.0]
+    interval = difference_interval(first, second)
+    expected = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+    assert interval.mean == pytest.approx(4 - 1.375)
+    assert interval.seeds == 3
+    assert difference_interval([1.0], [0.0]) == Interval(1.0, None, None, 1)
+
+
+def test_difference_bootstraps_the_seeds_of_both_from_ten():
+    rng = np.random.default_rng(3)
+    first, second = rng.normal(1.0, 1.0, 12), rng.normal(0.0, 1.0, 15)
+    interval = difference_interval(first, second)
+    expected = scipy.stats.bootstrap(
+        (first, second),
+        lambda a, b, axis: a.mean(axis) - b.mean(axis),
+        method="percentile",
+        rng=np.random.default_rng(9),
+    )
+    low, high = expected.confidence_interval
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "word"),
+    [
+        (0.2, 0.6, "better"),
+        (-0.6, -0.2, "worse"),
+        (-0.05, 0.09, "not distinguishable"),
+        (0.01, 0.09, "not distinguishable"),  # a difference that is there and too small to matter
+        (-0.05, 0.3, "undecided"),
+        (None, None, "undecided"),
+    ],
+)
+def test_verdict(low, high, word):
+    assert verdict(Interval(0.0, low, high, 3), span=1.0) == word
+
+
+def test_performance_profile_by_hand():
+    scores = [[0.0, 0.5, 1.0, np.nan], [1.0, 1.0, 1.0, 1.0]]
+    profile = performance_profile(scores, [-0.1, 0.0, 0.5, 1.0])
+    assert profile.tolist() == [[1.0, pytest.approx(2 / 3), pytest.approx(1 / 3), 0.0], [1.0, 1.0, 1.0, 0.0]]
+
+
+def test_probability_of_improvement_is_mann_whitney():
+    rng = np.random.default_rng(4)
+    first, second = rng.integers(0, 5, (4, 3)).astype(float), rng.integers(0, 4, (6, 3)).astype(float)
+    expected = [scipy.stats.mannwhitneyu(first[:, k], second[:, k]).statistic / 24 for k in range(3)]
+    found = probability_of_improvement(first, second)
+    assert found.mean == pytest.approx(np.mean(expected))
+    assert (found.low, found.high) == (None, None)
+    assert probability_of_improvement(first, first).mean == 0.5
+    assert probability_of_improvement([[2.0, np.nan]], [[1.0, 5.0]]).mean == 1.0
+
+
+def test_probability_of_improvement_has_an_interval_from_ten_seeds():
+    rng = np.random.default_rng(5)
+    first, second = rng.normal(0.5, 1.0, (12, 4)), rng.normal(0.0, 1.0, (10, 4))
+    found = probability_of_improvement(first, second)
+    assert 0.0 < found.low < found.mean < found.high < 1.0
+    certain = probability_of_improvement(first + 100, second)
+    assert (certain.low, certain.mean, certain.high) == (1.0, 1.0, 1.0)
 
 
 def test_normalised_scores():

@@ -1,0 +1,362 @@
+"""The figures and tables of the paper, as data: what each needs, and how it is drawn from that. reproduce.py makes it.
+
+Departures from the paper's pictures: the horizontal axis is gradient steps, since nothing here copies transitions from
+buffer to buffer; returns of the two-task families are the mean of both directions, where the paper plots one;
+embeddings are of contexts that training never saw.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .datasets import Collection, Selection
+from .envs import FAMILIES, get_family
+from .evaluation import figures, seed_interval
+from .evaluation.embeddings import embed_tasks, spread
+from .evaluation.run_figures import draw_data, logged
+from .evaluation.tables import write_table
+from .experiment import test_run
+from .settings import override, parse_assignments, to_dict
+from .sweeps import sweep_run
+from .trainer.methods import train_settings
+from .trainer.runs import load_agent, read_run
+from .trainer.settings import TrainSettings
+
+POINT, WIND, VEL, DIR, ANT, WALKER = FAMILIES
+LEVELS = ("random", "medium", "expert")
+POWERS = {"inverse-square": -2, "inverse": -1, "linear": 1, "square": 2}
+BETAS = {-2: 1.0, -1: 2.0, 1: 8.0, 2: 16.0}  # the paper's Table 5b
+# the paper's section 5.1 started from expert data, and found mixed data better for Ant and Walker
+QUALITY = {family: "mixed" if family in (ANT, WALKER) else "expert" for family in FAMILIES}
+TASKS_DRAWN, DRAWS, SEED = 20, 50, 0
+SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that an item needs."""
+
+    family: str
+    quality: str
+    label: str  # in legends
+    algo: str = "focal"
+    variant: str = ""  # what distinguishes the run's name
+    changes: tuple[str, ...] = ()  # as `--set` takes them
+    may_diverge: bool = False  # one that was stopped as diverged is drawn as far as it went
+
+    def name(self, scale: str) -> str:
+        """The run's folder; laptop, the usual scale, is not named."""
+        words = [get_family(self.family).alias, self.quality, "" if self.algo == "focal" else self.algo, self.variant]
+        return "-".join(word for word in [*words, "" if scale == "laptop" else scale] if word)
+
+    def settings(self, scale: str) -> TrainSettings:
+        """The settings it trains with."""
+        return override(train_settings(self.family, scale, self.algo), parse_assignments(self.changes))
+
+
+@dataclass(frozen=True)
+class Material:
+    """What reproduce.py made or found for an item."""
+
+    scale: str
+    stores: Path
+    collections: Mapping[str, Collection]  # by family
+    runs: Mapping[Training, Path]  # those that could be trained
+    out: Path  # folder of the files to write
+
+    def agent(self, training: Training) -> Any:
+        """The first seed's trained agent."""
+        run_dir = self.runs[training]
+        return load_agent(run_dir, read_run(run_dir).source.seeds[0])
+
+    def seeds(self, training: Training) -> tuple[int, ...]:
+        """Seeds of a run."""
+        return read_run(self.runs[training]).source.seeds
+
+
+@dataclass(frozen=True)
+class Item:
+    """One figure or table."""
+
+    name: str  # "figure 2a"
+    what: str
+    draw: Callable[["Item", Material], list[Path]]
+    trainings: tuple[Training, ...] = ()
+    families: tuple[str, ...] = ()  # collections needed beside those of the trainings
+    seeds: Mapping[str, int] | int = 3  # at laptop and paper, by family or for all
+
+    @property
+    def stem(self) -> str:
+        """The name of its files, without suffix."""
+        return self.name.replace(" ", "_").replace("-", "_")
+
+    def seeds_of(self, training: Training, scale: str) -> int:
+        """How many seeds a run has: 2 at smoke."""
+        if scale == "smoke":
+            return 2
+        return self.seeds if isinstance(self.seeds, int) else self.seeds[training.family]
+
+    def file(self, material: Material) -> Path:
+        """Where its picture goes."""
+        return material.out / f"{self.stem}.png"
+
+
+def focal(family: str, label: str = "FOCAL", variant: str = "", *changes: str) -> Training:
+    """A run of FOCAL on the quality that the paper's figures use."""
+    return Training(family, QUALITY[family], label, variant=variant, changes=changes)
+
+
+def rival(family: str, algo: str, label: str, variant: str = "", *changes: str) -> Training:
+    """A run of another method on the same data; one whose values diverge goes on, as the paper's did."""
+    return Training(family, QUALITY[family], label, algo, variant, (*changes, "value_limit=1e15"), may_diverge=True)
+
+
+def power_law(loss: str) -> Training:
+    """FOCAL with one of the four losses of Table 5, on Half-Cheetah-Vel: 5 latent dimensions, value penalty."""
+    power = POWERS[loss]
+    changes = (
+        f"distance.power={power}", f"distance.beta={BETAS[power]}", "distance.epsilon=0.1", "latent_dim=5",
+        "regularisation.kind=value-penalty",
+    )  # fmt: skip
+    return focal(VEL, loss, f"{loss}-value-penalty", *changes)
+
+
+FOUR_LOSSES = tuple(power_law(loss) for loss in POWERS)
+RIVALS = {"batch-pearl": "Batch PEARL", "contextual-bcq": "Contextual BCQ", "mbml": "MBML"}
+MAIN = tuple(
+    training
+    for family in (POINT, VEL, DIR, ANT, WIND, WALKER)
+    for training in (focal(family), *(rival(family, algo, label) for algo, label in RIVALS.items()))
+    # the paper shows neither for the sparse point robot, where both earned nothing (section 5.1, footnote)
+    if not (family == POINT and training.algo in ("contextual-bcq", "mbml"))
+)
+PROBABILISTIC = ("FOCAL, probabilistic", "probabilistic", "encoder.kind=probabilistic")
+BRAC = ("Batch PEARL + behaviour regularisation", "regularised")
+
+
+def four_variants(family: str) -> tuple[Training, ...]:
+    """FOCAL with either encoder, Batch PEARL without and with FOCAL's regularisation (figure 4)."""
+    regularised = ("regularisation.kind=policy",)
+    return (
+        focal(family),
+        focal(family, *PROBABILISTIC),
+        rival(family, "batch-pearl", "Batch PEARL"),
+        rival(family, "batch-pearl", *BRAC, *regularised),
+    )
+
+
+def coupled_and_not(kind: str) -> tuple[Training, ...]:
+    """FOCAL on Walker with decoupled and with coupled gradients, under one kind of regularisation (figures 5 and 9)."""
+    changes = (f"regularisation.kind={kind}",)
+    own = "" if kind == "policy" else kind  # policy is the family's default
+    variants = (own, f"{own}-coupled" if own else "coupled")
+    return (
+        focal(WALKER, "FOCAL", variants[0], *(changes if own else ())),
+        focal(WALKER, "FOCAL, coupled gradients", variants[1], *(changes if own else ()), "gradients=coupled"),
+    )
+
+
+def draw_returns(item: Item, material: Material, log_x: bool = False) -> list[Path]:
+    """Draw meta-test returns logged during training, a panel per family."""
+    panels: dict[str, dict[str, Any]] = {}
+    for training in material.runs:
+        curve = logged(material.runs[training], material.seeds(training), "evaluation", "test/return")
+        if all(curve.values()):
+            panels.setdefault(training.family, {})[training.label] = curve
+    labels = ["sparse return" if get_family(family).sparse else "return" for family in panels]
+    return figures.return_curves(item.file(material), panels, labels, log_x)
+
+
+def draw_full_length(item: Item, material: Material) -> list[Path]:
+    """As `draw_returns`, on a logarithmic axis."""
+    return draw_returns(item, material, log_x=True)
+
+
+def task_points(item: Item, material: Material) -> tuple[dict[str, Any], list[str]]:
+    """Embeddings of up to 20 tasks under each run, and the tasks' names."""
+    panels, names = {}, []
+    for training in material.runs:
+        quality, collection = read_run(material.runs[training]).source.quality, material.collections[training.family]
+        found = embed_tasks(material.agent(training), collection, quality, DRAWS, SEED, TASKS_DRAWN)
+        panels[training.label], names = found.points, found.names
+    return panels, names
+
+
+def draw_embeddings(item: Item, material: Material) -> list[Path]:
+    """Draw t-SNE pictures of embeddings, a panel per run."""
+    return figures.embeddings_by_task(item.file(material), *task_points(item, material), item.what, SEED)
+
+
+def draw_in_space(item: Item, material: Material) -> list[Path]:
+    """Draw the last three dimensions of the embeddings of figure 4a."""
+    return figures.embeddings_in_space(item.file(material), *task_points(item, material), item.what)
+
+
+def draw_values(item: Item, material: Material) -> list[Path]:
+    """Draw the critics' mean values during training."""
+    panels: dict[str, dict[str, Any]] = {}
+    for training in material.runs:
+        curve = logged(material.runs[training], material.seeds(training), "metrics", "critic/value")
+        panels.setdefault(training.family, {})[training.label] = curve
+    return figures.value_curves(item.file(material), panels)
+
+
+def draw_trajectories(item: Item, material: Material) -> list[Path]:
+    """Draw point-robot episodes by quality."""
+    collection = material.collections[POINT]
+    return draw_data(item.file(material), collection, tuple(entry.index for entry in collection.test_tasks()))
+
+
+def draw_context_sizes(item: Item, material: Material) -> list[Path]:
+    """Draw return and task accuracy against context size."""
+    sweeps = {
+        training.family: sweep_run(material.runs[training], material.stores, None, SIZES, 10, SEED)
+        for training in material.runs
+    }
+    labels = {family: "sparse return" if get_family(family).sparse else "return" for family in sweeps}
+    return figures.context_size_curve(item.file(material), sweeps, labels)
+
+
+def table_separation(item: Item, material: Material) -> list[Path]:
+    """ESR and RMS of each loss, over training tasks (held-out contexts), as in the paper, and over unseen ones."""
+    rows = []
+    for training in material.runs:
+        run = read_run(material.runs[training])
+        measured: dict[str, list[float]] = {}
+        for seed in run.source.seeds:
+            agent = load_agent(material.runs[training], seed)
+            points = embed_tasks(agent, material.collections[training.family], run.source.quality, 10, SEED)
+            for where, unseen in (("training tasks", False), ("unseen tasks", True)):
+                for name, value in spread(points.of(unseen)).items():
+                    measured.setdefault(f"{name.upper()}, {where}", []).append(value)
+        chosen = {name: values for name, values in measured.items() if not name.startswith("DIMENSIONS")}
+        rows.append({"loss": training.label} | {name: str(seed_interval(values)) for name, values in chosen.items()})
+    return write_table(item.file(material), rows, item.what)
+
+
+def table_qualities(item: Item, material: Material) -> list[Path]:
+    """The quality trained and tested on per family, and what those data return."""
+    rows = []
+    for family, collection in material.collections.items():
+        row: dict[str, Any] = {"family": family, "training and test data": QUALITY[family]}
+        for quality in (*LEVELS, "mixed"):
+            row[f"mean return of {quality}"] = _mean_return(collection, quality)
+        rows.append(row)
+    return write_table(item.file(material), rows, item.what)
+
+
+def table_datasets(item: Item, material: Material) -> list[Path]:
+    """Checkpoints, episodes and transitions of the data of every family."""
+    rows = []
+    for family, collection in material.collections.items():
+        entries = collection.train_tasks()
+        steps = np.unique(np.concatenate([entry.store.read_table()["sac_steps"] for entry in entries]))
+        spacing = int(np.diff(steps).max()) if len(steps) > 1 else 0
+        counts = [entry.counts[QUALITY[family]] for entry in entries]
+        rows.append({
+            "family": family,
+            "tasks, training / test": f"{len(entries)} / {len(collection.test_tasks())}",
+            "quality": QUALITY[family],
+            "checkpoints (start:end:spacing)": f"{int(steps[0])}:{int(steps[-1])}:{spacing}",
+            "tasks with that quality": sum(count.episodes > 0 for count in counts),
+            "episodes per task": float(np.mean([count.episodes for count in counts])),
+            "transitions per task": float(np.mean([count.steps for count in counts])),
+            "steps per episode, at most": collection.horizon,
+            "content hash": collection.content_hash[:12],
+        })  # fmt: skip
+    return write_table(item.file(material), rows, item.what)
+
+
+def table_settings(item: Item, material: Material) -> list[Path]:
+    """Every setting of FOCAL in figure 3, per family, at the scale asked for."""
+    columns = {family: _flat(focal(family).settings(material.scale)) for family in FAMILIES}
+    names = next(iter(columns.values()))
+    rows = [{"setting": name} | {family: column[name] for family, column in columns.items()} for name in names]
+    return write_table(item.file(material), rows, item.what)
+
+
+def table_power_law(item: Item, material: Material) -> list[Path]:
+    """The settings of figure 2 that differ between its losses, or from those of Table 4."""
+    usual = _flat(focal(VEL).settings(material.scale))
+    columns = {training.label: _flat(training.settings(material.scale)) for training in item.trainings}
+    names = [name for name in usual if any(column[name] != usual[name] for column in columns.values())]
+    rows = [{"setting": name, "Table 4": usual[name]} | {k: column[name] for k, column in columns.items()}
+            for name in names]  # fmt: skip
+    return write_table(item.file(material), rows, item.what)
+
+
+def table_matrix(item: Item, material: Material) -> list[Path]:
+    """Mean return for every quality of training data (rows) and of test context (columns)."""
+    rows = []
+    for training in item.trainings:
+        row: dict[str, Any] = {"family": training.family, "trained on": training.quality}
+        collection = material.collections[training.family]
+        for quality in LEVELS:
+            here = collection.tasks_with(quality, collection.test_tasks())[0]
+            row[f"{quality} context"] = "no such data"
+            if here and training in material.runs:
+                tested = test_run(material.runs[training], material.stores, quality, None, 10, SEED)
+                row[f"{quality} context"] = str(tested.over_seeds("mean", "right context"))
+        rows.append(row)
+    return write_table(item.file(material), rows, item.what)
+
+
+def _mean_return(collection: Collection, quality: str) -> float | None:
+    tables = [entry.store.read_table() for entry in collection.train_tasks()]
+    returns = np.concatenate([table["returns"][Selection(quality).mask(table)] for table in tables])
+    return float(returns.mean()) if len(returns) else None
+
+
+def _flat(settings: TrainSettings) -> dict[str, Any]:
+    """Settings by dotted name."""
+    flat: dict[str, Any] = {}
+
+    def walk(values: Mapping[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+
+    walk(to_dict(settings), "")
+    return flat
+
+
+ITEMS = {
+    item.name: item
+    for item in [
+        Item("figure 2a", "embeddings by loss, Half-Cheetah-Vel", draw_embeddings, FOUR_LOSSES),
+        Item("figure 2b", "returns by loss, Half-Cheetah-Vel", draw_returns, FOUR_LOSSES),
+        Item("figure 3", "returns of FOCAL and its rivals, six families", draw_returns, MAIN),
+        Item("figure 4a", "embeddings of four variants, Walker-2D-Params", draw_embeddings, four_variants(WALKER)),
+        Item("figure 4b", "returns of four variants", draw_returns, four_variants(VEL) + four_variants(WALKER)),
+        Item("figure 5a", "embeddings, gradients decoupled or coupled, value penalty", draw_embeddings,
+             coupled_and_not("value-penalty")),
+        Item("figure 5b", "returns, gradients decoupled or coupled, value penalty", draw_returns,
+             coupled_and_not("value-penalty")),
+        Item("figure 6", "returns at full length, logarithmic axis", draw_full_length, MAIN),
+        Item("figure 7", "embeddings of figure 4a, three of their dimensions", draw_in_space, four_variants(WALKER)),
+        Item("figure 8", "trajectories of the behaviour policies by quality", draw_trajectories, families=(POINT,)),
+        Item("figure 9a", "embeddings, gradients decoupled or coupled, policy regularisation", draw_embeddings,
+             coupled_and_not("policy")),
+        Item("figure 9b", "returns, gradients decoupled or coupled, policy regularisation", draw_returns,
+             coupled_and_not("policy")),
+        Item("figure 10", "action values, Ant-Fwd-Back", draw_values,
+             (focal(ANT), rival(ANT, "batch-pearl", "Batch PEARL"))),
+        Item("figure 11", "action values, Walker-2D-Params", draw_values,
+             (focal(WALKER), rival(WALKER, "batch-pearl", "Batch PEARL"))),
+        Item("figure context-size", "return and task accuracy by context size", draw_context_sizes,
+             (Training(POINT, "mixed", "FOCAL"), Training(VEL, "mixed", "FOCAL"))),
+        Item("table 1", "ESR and RMS of embeddings by loss, Half-Cheetah-Vel", table_separation, FOUR_LOSSES),
+        Item("table 2", "Quality of the data per family", table_qualities, families=tuple(FAMILIES)),
+        Item("table 3", "The fixed datasets", table_datasets, families=tuple(FAMILIES)),
+        Item("table 4", "Settings of figure 3", table_settings),
+        Item("table 5", "Settings of figure 2, where they differ", table_power_law, FOUR_LOSSES),
+        Item("table 6", "Mean return by quality of training data and of test context", table_matrix,
+             tuple(Training(family, quality, quality) for family in (POINT, VEL) for quality in LEVELS),
+             seeds={POINT: 5, VEL: 3}),
+    ]
+}  # fmt: skip

@@ -1,0 +1,133 @@
+"""Making a figure or table of the paper from what exists, generating and training what is missing.
+
+    STORES/FAMILY                 the collection, if it is of the scale asked for; else STORES/FAMILY-SCALE
+    RUNS/walker-mixed-coupled     a run: alias, quality, method and variant; with -smoke or -paper at those scales
+    OUT/figure_5a.png, .svg       the picture; OUT/table_1.csv, .md a table
+
+Whatever exists is used, after a check that its settings are the ones asked for; a run that was stopped goes on.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .datagen import GenerateRequest, generate, generate_settings
+from .datasets import Collection, is_committed, open_collection
+from .envs import get_family
+from .errors import FocalError, UsageError
+from .experiment import TrainRequest, last_step, train_run
+from .paper import ITEMS, Item, Material, Training, table_matrix, table_power_law, table_settings
+from .trainer.methods import METHODS
+from .trainer.runs import read_run
+from .trainer.settings import TrainSettings
+
+NEEDS_NOTHING = (table_settings, table_power_law)  # settings are known before anything is made
+
+
+def find_item(kind: str, number: str) -> Item:
+    """Return an item. Raises `UsageError` listing those there are."""
+    name = f"{kind} {number}"
+    if name not in ITEMS:
+        known = ", ".join(item.removeprefix(kind).strip() for item in ITEMS if item.startswith(kind))
+        raise UsageError(f"no {name} here, expected {kind} {known}; focal-cli reproduce says what each is")
+    return ITEMS[name]
+
+
+def reproduce(
+    item: Item, scale: str, stores: Path, runs: Path, out: Path, generating: Callable[[str], Any],
+    training_bars: Callable[[], Any], workers: int = 0,
+) -> list[Path]:  # fmt: skip
+    """Make an item's files and return them. `generating(family)` and `training_bars()` give progress bars.
+
+    Raises `FocalError` before anything is made when a method or setting that it needs is not in this version.
+    """
+    refuse_unknown(item, scale)
+    if item.draw in NEEDS_NOTHING:
+        return item.draw(item, Material(scale, stores, {}, {}, out))
+    families = dict.fromkeys([*item.families, *(training.family for training in item.trainings)])
+    collections = {family: collection_at(family, scale, stores, generating, workers) for family in families}
+    made = {}
+    for training in item.trainings:
+        collection = collections[training.family]
+        if quality := quality_there(item, training, collection, scale):
+            made[training] = train_one(item, training, quality, collection, scale, runs, training_bars, workers)
+    return item.draw(item, Material(scale, stores, collections, made, out))
+
+
+def refuse_unknown(item: Item, scale: str) -> None:
+    """Raise `FocalError` where this version lacks a method or a setting of one of the item's runs."""
+    for training in item.trainings:
+        if training.algo not in METHODS:
+            raise FocalError(
+                f"{item.name} needs the method '{training.algo}', which this version does not have "
+                f"(it has: {', '.join(METHODS)}); see focal-cli train --help"
+            )
+        try:
+            training.settings(scale)
+        except UsageError as error:
+            raise FocalError(f"{item.name} needs a setting that this version does not have: {error}") from error
+
+
+def collection_at(family: str, scale: str, stores: Path, generating: Callable[[str], Any], workers: int) -> Collection:
+    """Return the family's collection of a scale, found or generated."""
+    usual, own = stores / family, stores / f"{family}-{scale}"
+    for path in (usual, own):
+        if is_committed(path):
+            collection = open_collection(path)
+            if collection.scale == scale:
+                return collection
+    path = own if is_committed(usual) else usual
+    settings = generate_settings(family, scale, fixed_tasks=get_family(family).fixed_tasks is not None)
+    with generating(family) as bars:
+        return generate(GenerateRequest(family, path, settings, scale, workers=workers), bars)
+
+
+def quality_there(item: Item, training: Training, collection: Collection, scale: str) -> str | None:
+    """Return the quality to train on. Where there is none of it, a quality matrix leaves the run out (None), and at
+    smoke, whose behaviour agents do not learn, mixed data stand in; else training says what is missing."""
+    if collection.tasks_with(training.quality, collection.train_tasks())[0]:
+        return training.quality
+    if item.draw is table_matrix:
+        return None
+    return "mixed" if scale == "smoke" else training.quality
+
+
+def train_one(
+    item: Item, training: Training, quality: str, collection: Collection, scale: str, runs: Path,
+    training_bars: Callable[[], Any], workers: int,
+) -> Path:  # fmt: skip
+    """Train a run, continue it, or find it finished; return its folder."""
+    run_dir, seeds = runs / training.name(scale), tuple(range(item.seeds_of(training, scale)))
+    if _is_there(run_dir, training.settings(scale), quality, collection, seeds):
+        return run_dir
+    request = TrainRequest(
+        collection=collection.path,
+        quality=quality,
+        algo=training.algo,
+        scale=scale,
+        seeds=seeds,
+        assignments=training.changes,
+        runs=runs,
+        name=training.name(scale),
+        resume=True,
+        workers=workers,
+    )
+    try:
+        with training_bars() as bars:
+            return train_run(request, bars)
+    except FocalError:
+        if training.may_diverge and any(run_dir.glob("seed_*/metrics.jsonl")):
+            return run_dir  # what it logged until it was stopped is the picture
+        raise
+
+
+def _is_there(
+    run_dir: Path, settings: TrainSettings, quality: str, collection: Collection, seeds: tuple[int, ...]
+) -> bool:
+    """Whether the run is the one asked for and trained to the end; a worker process would take seconds to say so."""
+    if not (run_dir / "settings.json").exists():
+        return False
+    run = read_run(run_dir)
+    same = (run.settings, run.source.quality, run.content_hash) == (settings, quality, collection.content_hash)
+    trained = {seed for seed in run.source.seeds if last_step(run_dir, seed) >= run.settings.total_steps}
+    return same and trained == set(run.source.seeds) and trained >= set(seeds)

@@ -1,0 +1,144 @@
+"""One run tested along an axis: context sizes, or the quality of the context. Between experiment.py and cli.py."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .datasets import Collection
+from .envs import make_batch
+from .errors import FocalError, UsageError
+from .evaluation import Interval, OfflineTransitions, TestTasks, seed_interval
+from .evaluation.embeddings import nearest_centroid_accuracy
+from .evaluation.figures import context_size_curve
+from .evaluation.metatest import TaskReturns, episode_seeds, play_agent, task_centroids, task_returns
+from .experiment import RunTest, test_run, testable
+from .files import write_json
+from .provenance import provenance
+from .trainer.agent import Agent
+from .trainer.runs import Run, load_agent
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """What one trained network does with contexts of one size."""
+
+    returns: TaskReturns  # (K, E)
+    accuracy: float  # share of contexts nearest to their own task's centroid
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A run tested offline with contexts of several sizes, all on the same episode seeds."""
+
+    run_dir: Path
+    run: Run
+    tasks: TestTasks
+    episodes: int
+    test_seed: int
+    points: dict[int, dict[int, SweepPoint]]  # by seed, then by context size
+
+    @property
+    def name(self) -> str:
+        """What its file is called."""
+        return f"sweep-{self.tasks.quality}-episodes{self.episodes}-seed{self.test_seed}"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Context sizes, ascending."""
+        return sorted(next(iter(self.points.values())))
+
+    def over_seeds(self, measure: str, size: int) -> Interval:
+        """Interval over seeds of "return" (the reported one) or "accuracy" at one size."""
+        points = [by_size[size] for by_size in self.points.values()]
+        values = [point.accuracy if measure == "accuracy" else point.returns.reported.mean() for point in points]
+        return seed_interval([float(value) for value in values])
+
+    def draw(self) -> list[Path]:
+        """Draw return and task accuracy against the context size into RUN/figures; return the files."""
+        path = self.run_dir / "figures" / f"context_size_{self.tasks.quality}.png"
+        label = "sparse return" if self.tasks.family.sparse else "return"
+        return context_size_curve(path, {self.run.family: self}, {self.run.family: label})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return summaries over seeds and every raw return as JSON values."""
+        return {
+            "run": str(self.run_dir),
+            "protocol": "offline",
+            "quality": self.tasks.quality,
+            "episodes": self.episodes,
+            "test_seed": self.test_seed,
+            "tasks": [entry.index for entry in self.tasks.entries],
+            "sizes": self.sizes,
+            "summary": {
+                measure: {str(size): dataclasses.asdict(self.over_seeds(measure, size)) for size in self.sizes}
+                for measure in ("return", "accuracy")
+            },
+            "seeds": {
+                str(seed): {
+                    str(size): {"accuracy": point.accuracy, **point.returns.to_json()}
+                    for size, point in by_size.items()
+                }
+                for seed, by_size in self.points.items()
+            },
+            "provenance": provenance(),
+        }
+
+
+def sweep_run(
+    run_dir: Path, stores: Path, quality: str | None, sizes: tuple[int, ...], episodes: int, test_seed: int
+) -> Sweep:
+    """Meta-test all seeds of a run with contexts of `sizes`; sizes that a task's data cannot fill are left out.
+
+    Every raw return is saved in RUN/tests. Raises `FocalError` as `test_run` does, and where no size is left.
+    """
+    run, tasks = testable(run_dir, stores, quality)
+    held = min(len(context.rows) for context in tasks.contexts)
+    kept = [size for size in sorted(set(sizes)) if size <= held]
+    if not kept:
+        raise FocalError(
+            f"a test task has {held} {tasks.quality} transitions, found sizes from {min(sizes)}; take less"
+        )
+    points = {
+        seed: sweep_agent(load_agent(run_dir, seed), tasks, kept, episodes, test_seed) for seed in run.source.seeds
+    }
+    swept = Sweep(run_dir, run, tasks, episodes, test_seed, points)
+    write_json(run_dir / "tests" / f"{swept.name}.json", swept.to_json())
+    return swept
+
+
+def sweep_agent(agent: Agent, tasks: TestTasks, sizes: list[int], episodes: int, seed: int) -> dict[int, SweepPoint]:
+    """Test one agent with contexts of each size; the centroids are those of contexts of the training size."""
+    count = len(tasks.entries)
+    envs = make_batch(tasks.family, [entry.record.params for entry in tasks.entries for _ in range(episodes)])
+    seeds, centroids = episode_seeds(seed, count * episodes), task_centroids(agent, tasks, seed)
+    points = {}
+    for size in sizes:
+        contexts = OfflineTransitions(size).gather(agent, tasks, envs, seed)
+        returns = task_returns(play_agent(envs, agent, contexts.embeddings, seeds), count, episodes)
+        embeddings = contexts.embeddings.reshape(count, episodes, -1)
+        points[size] = SweepPoint(returns, nearest_centroid_accuracy(embeddings, centroids))
+    envs.close()
+    return points
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Turn `1,2,5` into sizes. Raises `UsageError`."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise UsageError(f"--sizes got '{text}', expected context sizes such as --sizes 1,10,100")
+    return tuple(int(word) for word in words)
+
+
+def qualities_of(collection: Collection, qualities: tuple[str, ...]) -> list[str]:
+    """Return those of `qualities` that some test task has."""
+    return [quality for quality in qualities if collection.tasks_with(quality, collection.test_tasks())[0]]
+
+
+def matrix_row(
+    run_dir: Path, stores: Path, qualities: tuple[str, ...], context_size: int | None, episodes: int, test_seed: int
+) -> dict[str, RunTest]:
+    """Meta-test a run with contexts of every quality that its test tasks have: one row of the paper's Table 6."""
+    collection = testable(run_dir, stores, None)[1].collection
+    found = qualities_of(collection, qualities)
+    return {quality: test_run(run_dir, stores, quality, context_size, episodes, test_seed) for quality in found}

@@ -1,0 +1,96 @@
+"""`focal-cli test` in all its forms, on a point robot generated and trained at smoke scale."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from focal.cli import main
+from focal.evaluation.metatest import CONDITIONS
+
+
+def cli(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A smoke collection and a run of two seeds on it."""
+    root = tmp_path_factory.mktemp("work")
+    folders = ["--stores", root / "stores", "--runs", root / "runs"]
+    cli("data", "generate", "--env", "point", "--scale", "smoke", *folders[:2])
+    cli("train", "--data", "mixed", "--scale", "smoke", "--seeds", 2, "--name", "point", *folders)
+    return folders
+
+
+def test_protocols_are_told_and_kept(folders):
+    tests = folders[3] / "point" / "tests"
+    for words, name, size in (
+        (["--context-size", 20], "mixed-context20", 20),
+        (["--context-unit", "episodes", "--context-size", 2], "mixed-context2episodes", 2),
+        (["--protocol", "shift"], "shift-mixed-context32", 32),
+        (["--protocol", "online"], "online-mixed-context1episodes", 1),
+    ):
+        told = json.loads(cli("test", *words, "--episodes", 2, "--no-figures", "--json", *folders))
+        kept = json.loads((tests / f"{name}-episodes2-seed0.json").read_text())
+        assert kept["summary"] == told["summary"]
+        assert kept["context_size"] == size
+        assert set(kept["seeds"]) == {"0", "1"}
+        for seed in kept["seeds"].values():
+            for condition in CONDITIONS:
+                returns = np.array(seed["conditions"][condition]["sparse_returns"])
+                assert returns.shape == (2, 2), "two test tasks, two episodes, every return kept"
+            assert np.array(seed["embeddings"]).shape == (2, 2, 3)
+            assert 0.0 <= seed["task_accuracy"] <= 1.0
+            assert seed["rms"] > 0
+        shape = (
+            np.shape(kept["seeds"]["0"]["context_returns"]["returns"]) if "offline" not in kept["protocol"] else None
+        )
+        assert shape in (None, (2, 2, 2), (2, 2, 1))
+
+
+def test_summaries_are_those_of_the_raw_returns(folders):
+    told = json.loads(cli("test", "--episodes", 2, "--no-figures", "--json", *folders))
+    means = [np.mean(seed["conditions"]["right context"]["sparse_returns"]) for seed in told["seeds"].values()]
+    found = told["summary"]["right context"]["mean"]
+    assert found["mean"] == pytest.approx(np.mean(means))
+    assert found["seeds"] == 2
+
+
+def test_sweep_keeps_every_return_and_draws_a_curve(folders):
+    printed = cli("test", "--sweep", "--sizes", "1,4,100000", "--episodes", 2, *folders)
+    assert "task accuracy" in printed
+    kept = json.loads((folders[3] / "point" / "tests" / "sweep-mixed-episodes2-seed0.json").read_text())
+    assert kept["sizes"] == [1, 4], "a size that the data cannot fill is left out"
+    assert np.shape(kept["seeds"]["1"]["4"]["sparse_returns"]) == (2, 2)
+    figures = folders[3] / "point" / "figures"
+    assert (figures / "context_size_mixed.png").stat().st_size > 10_000
+    assert (figures / "context_size_mixed.svg").read_text().startswith("<?xml")
+
+
+def test_matrix_tests_every_quality_there_is(folders):
+    told = json.loads(cli("test", "--matrix", "--episodes", 2, "--context-size", 8, "--json", *folders))
+    assert "mixed" in told
+    for quality, document in told.items():
+        assert document["seeds"]["0"]["quality"] == quality
+    assert "mean return by training data and context" in cli("test", "--matrix", "--episodes", 2, *folders)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sweep", "--protocol", "online"], "--sweep and --matrix test offline contexts of transitions, one of them"),
+        (["--sweep", "--sizes", "1,x"], "--sizes got '1,x', expected context sizes such as --sizes 1,10,100"),
+        (["--protocol", "online", "--context-unit", "transitions"], "online collects whole episodes"),
+    ],
+)
+def test_misuse(folders, words, message):
+    assert message in cli("test", *words, *folders, code=2)
+
+
+def test_more_episodes_than_there_are(folders):
+    error = cli("test", "--context-unit", "episodes", "--context-size", 10**6, *folders, code=1)
+    assert "take at most --context-size" in error

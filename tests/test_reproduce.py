@@ -1,0 +1,146 @@
+"""Every figure and table of the paper from one line: what is there is used, what is missing is made or named."""
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from focal import FocalError, UsageError
+from focal.cli import main
+from focal.paper import ITEMS, POINT, VEL, Training
+from focal.reproduce import METHODS, find_item, refuse_unknown
+
+
+def cli(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """An empty place for collections, runs and what is reproduced."""
+    root = tmp_path_factory.mktemp("work")
+    return ["--stores", root / "stores", "--runs", root / "runs", "-o", root / "out", "--scale", "smoke"]
+
+
+def check(files):
+    """Pictures show something; both forms of a table agree."""
+    for file in files:
+        if file.suffix == ".png":
+            pixels = np.asarray(Image.open(file).convert("L"))
+            assert min(pixels.shape) > 200
+            assert 0.005 < (pixels < 250).mean() < 0.9, "neither empty nor full"
+        elif file.suffix == ".csv":
+            rows = list(csv.reader(file.read_text().splitlines()))
+            lines = file.with_suffix(".md").read_text().splitlines()[2:]
+            assert len(lines) == len(rows) + 1
+            assert [cell.strip() for cell in lines[0].strip("| ").split(" | ")] == rows[0]
+            assert all(len(row) == len(rows[0]) for row in rows)
+
+
+def saved(printed, folders):
+    files = [folders[5] / line.rpartition("/")[2] for line in printed.splitlines() if line.startswith("saved")]
+    assert files
+    return files
+
+
+def test_every_item_of_the_paper_is_there():
+    assert set(ITEMS) == {
+        *(
+            f"figure {number}"
+            for number in [
+                "2a",
+                "2b",
+                "3",
+                "4a",
+                "4b",
+                "5a",
+                "5b",
+                "6",
+                "7",
+                "8",
+                "9a",
+                "9b",
+                "10",
+                "11",
+                "context-size",
+            ]
+        ),
+        *(f"table {number}" for number in range(1, 7)),
+    }
+    listed = cli("reproduce")
+    assert all(name in listed for name in ITEMS)
+
+
+def test_runs_of_two_items_share_a_name_only_if_they_are_the_same_run():
+    by_name = {}
+    for item in ITEMS.values():
+        for training in item.trainings:
+            same = dataclasses.replace(training, label="")
+            assert by_name.setdefault(training.name("laptop"), same) == same, training.name("laptop")
+    assert Training(POINT, "mixed", "").name("laptop") == "point-mixed", "the run of docs/results.md"
+    assert Training(POINT, "mixed", "").name("smoke") == "point-mixed-smoke"
+
+
+def test_settings_tables_need_nothing(folders):
+    rows = list(csv.DictReader(saved(cli("reproduce", "table", "4", *folders), folders)[0].read_text().splitlines()))
+    named = {row["setting"]: row for row in rows}
+    assert named["distance.power"][VEL] == "-2"
+    assert named["discount"][POINT] == "0.9"
+    files = saved(cli("reproduce", "table", "5", *folders), folders)
+    check(files)
+    named = {row["setting"]: row for row in csv.DictReader(files[0].read_text().splitlines())}
+    assert [named["distance.beta"][loss] for loss in ("inverse-square", "inverse", "linear", "square")] == [
+        "1", "2", "8", "16",
+    ]  # fmt: skip
+    assert not folders[1].exists()
+
+
+def test_figure_8_generates_once_and_then_uses_what_is_there(folders):
+    printed = cli("reproduce", "figure", "8", *folders)
+    assert "6 tasks of" in printed
+    files = saved(printed, folders)
+    assert [file.suffix for file in files] == [".png", ".svg"]
+    check(files)
+    first = files[1].read_bytes()
+    printed = cli("reproduce", "figure", "8", *folders)
+    assert "6 tasks of" not in printed
+    assert files[1].read_bytes() == first, "the same data, the same picture"
+
+
+def test_a_collection_of_another_scale_is_left_alone(folders, make_collection, tmp_path):
+    path = tmp_path / "stores" / POINT
+    collection = make_collection(path)  # says it is of scale smoke
+    assert collection.scale == "smoke"
+    other = ["--stores", tmp_path / "stores", "-o", tmp_path / "out"]
+    before = (path / "dataset.json").read_bytes()
+    cli("reproduce", "figure", "8", *other, "--scale", "smoke")
+    assert (path / "dataset.json").read_bytes() == before
+
+
+def test_what_this_version_lacks_is_named_before_anything_is_made():
+    item = find_item("figure", "8")
+    missing = dataclasses.replace(item, trainings=(Training(POINT, "mixed", "", algo="gpt"),))
+    with pytest.raises(FocalError, match=r"figure 8 needs the method 'gpt', which this version does not have"):
+        refuse_unknown(missing, "smoke")
+    missing = dataclasses.replace(item, trainings=(Training(POINT, "mixed", "", changes=("warp=9",)),))
+    with pytest.raises(FocalError, match=r"needs a setting that this version does not have: unknown setting 'warp'"):
+        refuse_unknown(missing, "smoke")
+    with pytest.raises(UsageError, match=r"no figure 12 here, expected figure 2a, 2b, 3"):
+        find_item("figure", "12")
+    assert "which table? for example: focal-cli reproduce table 6" in cli("reproduce", "table", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(ITEMS))
+def test_every_item_at_smoke(name, folders):
+    """In one folder, so that later items use the data and runs of earlier ones, as a user's would."""
+    try:
+        refuse_unknown(ITEMS[name], "smoke")
+    except FocalError as error:
+        pytest.skip(f"{error} (methods: {', '.join(METHODS)})")
+    check(saved(cli("reproduce", *name.split(), *folders), folders))
