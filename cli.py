@@ -15,6 +15,8 @@ from .errors import FocalError, UsageError
 
 SCALES = ("smoke", "laptop", "paper")
 QUALITIES = ("random", "medium", "expert", "mixed")
+METHODS = ("focal", "batch-pearl", "contextual-bcq", "mbml")
+PROTOCOLS = ("offline", "shift", "online", "mbml")
 
 
 class Cli(click.Group):
@@ -437,10 +439,11 @@ def train(
 @click.option("--data", "quality", type=click.Choice(QUALITIES), help="Quality of the context. [default: as trained]")
 @click.option(
     "--protocol",
-    type=click.Choice(["offline", "shift", "online"]),
+    type=click.Choice(PROTOCOLS),
     default="offline",
     show_default=True,
-    help="Context from logged data; from other tasks' behaviour policies in the test task; or self-collected.",
+    help="Context from logged data; from other tasks' behaviour policies in the test task; self-collected; or as in "
+    "MBML's code (5 self-collected episodes, mean of the last 3).",
 )
 @click.option("--context-size", type=click.IntRange(1), help="Size of a context. [default: as trained, or 1 episode]")
 @click.option(

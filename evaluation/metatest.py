@@ -57,6 +57,11 @@ class TaskReturns:
         """The returns this family reports (K, E): sparse where there are any (FOCAL section 5.1)."""
         return self.dense if self.sparse is None else self.sparse
 
+    def mean_of_last(self, count: int) -> "TaskReturns":
+        """Return the means (K, E) over the last `count` of returns (K, E, R)."""
+        sparse = None if self.sparse is None else self.sparse[..., -count:].mean(axis=-1)
+        return TaskReturns(self.dense[..., -count:].mean(axis=-1), sparse)
+
     def to_json(self) -> dict[str, Any]:
         """Return every return as JSON values."""
         return {
@@ -85,6 +90,10 @@ class ContextSource:
     def gather(self, agent: Agent, tasks: "TestTasks", envs: BatchedEnvs, seed: int) -> Contexts:
         """Return contexts for every episode of `envs`, K tasks times E, as `agent` embeds them."""
         raise NotImplementedError
+
+    def result(self, contexts: Contexts) -> "TaskReturns | None":
+        """Return the returns (K, E) where gathering the contexts gave the result; None: an episode is played after."""
+        return None
 
 
 class OfflineTransitions(ContextSource):
@@ -209,22 +218,25 @@ def meta_test(
     """Test `agent` on `tasks` beside all controls; `untrained` is the same method before training.
 
     Every episode has a context of its own, from `source`, and all conditions play the same episode seeds. The wrong
-    context is that of the task half-way round the ordered list.
+    context is that of the task half-way round the ordered list; there is none where there is no other task, or where
+    the result is of the episodes that gathered the context.
     """
     count = len(tasks.entries)
     envs = make_batch(tasks.family, [entry.record.params for entry in tasks.entries for _ in range(episodes)])
     seeds = episode_seeds(seed, count * episodes)
-    contexts = source.gather(agent, tasks, envs, seed)
-    play = {
-        RIGHT: lambda: play_agent(envs, agent, contexts.embeddings, seeds),
-        WRONG: lambda: play_agent(envs, agent, contexts.wrong, seeds),
-        UNTRAINED: lambda: play_agent(envs, untrained, source.gather(untrained, tasks, envs, seed).embeddings, seeds),
-        ZERO: lambda: rollout(envs, lambda obs: np.zeros((len(obs), tasks.family.act_dim), np.float32), seeds),
-        EXPERT: lambda: play_experts(envs, tasks, episodes, seeds),
+    contexts, before = (source.gather(one, tasks, envs, seed) for one in (agent, untrained))
+
+    def played(rollouts: Rollouts) -> TaskReturns:
+        return task_returns(rollouts, count, episodes)
+
+    conditions = {
+        RIGHT: source.result(contexts) or played(play_agent(envs, agent, contexts.embeddings, seeds)),
+        UNTRAINED: source.result(before) or played(play_agent(envs, untrained, before.embeddings, seeds)),
+        ZERO: played(rollout(envs, lambda obs: np.zeros((len(obs), tasks.family.act_dim), np.float32), seeds)),
+        EXPERT: played(play_experts(envs, tasks, episodes, seeds)),
     }
-    if count < 2:
-        del play[WRONG]  # there is no other task
-    conditions = {name: task_returns(run(), count, episodes) for name, run in play.items()}
+    if count > 1 and source.result(contexts) is None:
+        conditions[WRONG] = played(play_agent(envs, agent, contexts.wrong, seeds))
     envs.close()
     untrained_reference, expert_reference = _references(tasks)
     return MetaTestResult(
