@@ -397,7 +397,7 @@ def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
 @click.option("--env", "env_name", help="Task family; may be left out where STORES holds one collection.")
 @click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
 @click.option("--data", "quality", type=click.Choice(QUALITIES), required=True, help="Quality to train on.")
-@click.option("--algo", type=click.Choice(["focal"]), default="focal", show_default=True)
+@click.option("--algo", type=click.Choice(METHODS), help="Method. [default: focal, or that of the run continued]")
 @click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds.")
@@ -415,7 +415,7 @@ def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
 @runs_option
 @set_option
 def train(
-    env_name: str | None, collection: Path | str | None, quality: str, algo: str, scale: str | None, seed: int,
+    env_name: str | None, collection: Path | str | None, quality: str, algo: str | None, scale: str | None, seed: int,
     seeds: int, workers: int | None, device: str, name: str | None, resume: bool, cache: Path | None, stores: Path,
     runs: Path,
     assignments: Sequence[str],
@@ -427,7 +427,7 @@ def train(
     request = TrainRequest(
         collection=choose_collection(stores, env_name, collection), quality=quality, scale=scale,
         seeds=tuple(range(seed, seed + seeds)), assignments=tuple(assignments), runs=runs, name=name, resume=resume,
-        workers=workers or 0, cache=cache, device=device,
+        workers=workers or 0, cache=cache, device=device, algo=algo,
     )  # fmt: skip
     with TrainBars() as bars:
         run = train_run(request, bars)
@@ -492,6 +492,60 @@ def test(
         pictures = save_figures(result) if figures else []
     for picture in pictures:
         click.echo(f"saved {picture}", err=as_json)
+
+
+@main.command()
+@click.option("--env", "env_name", help="Task family; may be left out where STORES holds one collection.")
+@click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
+@click.option("--data", "quality", type=click.Choice(QUALITIES), required=True, help="Quality of training and context.")
+@click.option("--algos", default=",".join(METHODS), show_default=True, metavar="A,B,...", help="Methods.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Seeds of each.")
+@click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default="offline", show_default=True)
+@click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Test episodes per task.")
+@click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--name", help="The runs are NAME-ALGO. [default: family, quality and scale]")
+@stores_option
+@runs_option
+@set_option
+@json_option
+def compare(
+    env_name: str | None, collection: Path | str | None, quality: str, algos: str, seeds: int, scale: str | None,
+    protocol: str, episodes: int, test_seed: int, workers: int | None, device: str, name: str | None, stores: Path,
+    runs: Path, assignments: Sequence[str], as_json: bool,
+) -> None:  # fmt: skip
+    """Compare methods on the same data: train what is missing, go on with what was stopped, test all, print one table.
+
+    --set NAME=VALUE goes to every method that has the setting, --set ALGO:NAME=VALUE to one.
+    """
+    import torch
+
+    from .comparison import CompareRequest, compare
+    from .console import TrainBars, print_comparison
+    from .experiment import TrainRequest, choose_collection
+    from .trainer.methods import find_method
+
+    methods = tuple(dict.fromkeys(word for word in algos.replace(" ", "").split(",") if word))
+    for method in methods:
+        find_method(method)
+    if not methods:
+        raise UsageError(f"--algos is empty, expected some of {','.join(METHODS)}")
+    torch.set_num_threads(1)  # at these network sizes more threads only wait for each other
+    train = TrainRequest(
+        collection=choose_collection(stores, env_name, collection), quality=quality, scale=scale,
+        seeds=tuple(range(seeds)), assignments=tuple(assignments), runs=runs, workers=workers or 0, device=device,
+    )  # fmt: skip
+    request = CompareRequest(train, methods, stores, protocol, episodes, test_seed, name)
+    if as_json:
+        compared = compare(request)
+    else:
+        with TrainBars() as bars:
+            compared = compare(request, bars)
+    _print_result(compared.to_json(), as_json, lambda: print_comparison(compared))
+    for file in compared.files:
+        click.echo(f"saved {file}", err=as_json)
 
 
 def _print_result(document: Any, as_json: bool, show: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from .comparison import Comparison
 from .datagen import Progress as GenerateProgress
 from .datasets import QUALITIES, Collection, Selection
 from .evaluation import CONDITIONS, MetaTestResult, seed_interval
@@ -121,22 +122,31 @@ class GenerateBars(_Bars, GenerateProgress):
 
 
 class TrainBars(_Bars, TrainProgress):
-    """One bar per seed."""
+    """One bar per seed, of one run or of several."""
 
-    def begin(self, run_dir: Path, seeds: tuple[int, ...], steps: int) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self._bars: dict[tuple[Path, int], Any] = {}
+        self._printed: dict[tuple[Path, int], int] = {}
+        self._every: dict[Path, int] = {}
+
+    def begin(self, folder: Path, seeds: tuple[int, ...], steps: int) -> None:
         """Draw the bars."""
-        console.print(f"training {escape(str(run_dir))}: {steps:,} gradient steps, seeds {', '.join(map(str, seeds))}")
-        self._seeds = {seed: self.progress.add_task(f"seed {seed}", total=steps) for seed in seeds}
-        self._printed = dict.fromkeys(seeds, 0)
-        self._every = max(1, steps // 10)
+        console.print(f"training {escape(str(folder))}: {steps:,} gradient steps, seeds {', '.join(map(str, seeds))}")
+        self._every[folder] = max(1, steps // 10)
+        for seed in seeds:
+            self._bars[folder, seed] = self.progress.add_task(f"{folder.name} seed {seed}", total=steps)
+            self._printed[folder, seed] = 0
 
-    def update(self, seed: int, step: int, metrics: Mapping[str, float]) -> None:
+    def update(self, folder: Path, seed: int, step: int, metrics: Mapping[str, float]) -> None:
         """Advance a seed's bar; without a terminal, print a line every tenth of the run."""
-        self.progress.update(self._seeds[seed], completed=step)
-        if self.progress.disable and metrics and step // self._every > self._printed[seed]:
-            self._printed[seed] = step // self._every
+        self.progress.update(self._bars[folder, seed], completed=step)
+        tenths = step // self._every[folder]
+        if self.progress.disable and metrics and tenths > self._printed[folder, seed]:
+            self._printed[folder, seed] = tenths
             shown = ", ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4])
-            console.print(f"seed {seed} step {step:,}: {shown}")
+            which = f"{folder.name} " * (len(self._every) > 1)
+            console.print(f"{escape(which)}seed {seed} step {step:,}: {shown}")
 
 
 def collection_row(collection: Collection) -> dict[str, Any]:
@@ -281,6 +291,11 @@ def print_test(tested: RunTest) -> None:
     uncounted = len(result.counted) - int(result.counted.sum())
     if uncounted:
         console.print(f"{uncounted} of {len(result.counted)} behaviour experts failed their test: not in the score")
+
+
+def print_comparison(compared: Comparison) -> None:
+    """Print one line per method, best first."""
+    print_table([row.cells() for row in compared.rows], compared.title)
 
 
 def print_sweep(swept: Sweep) -> None:

@@ -114,6 +114,7 @@ def rates(step: Callable[[], object], seconds: float, device: str) -> list[float
 def measure(rounds: int, seconds: float, device: str) -> dict[str, Any]:
     """Measure everything in turns, so that all cases meet the same load; medians over all stretches."""
     settings = train_settings("half-cheetah-vel", "paper")
+    assert isinstance(settings, FocalSettings)
     tasks = [made_up_task(seed) for seed in range(TASKS)]
     half = override(settings, {"precision": "bf16"})
     steps: dict[str, Callable[[], object]] = {

@@ -84,6 +84,11 @@ def teachers_folder(runs: Path, run: Run, data: TrainingData) -> Path:
     return runs / "teachers" / f"{run.family}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+def first_stage_is_there(runs: Path, run: Run, data: TrainingData) -> bool:
+    """Tell whether the first stage of an MBML run on `data` is finished."""
+    return (teachers_folder(runs, run, data) / "predictions.json").exists()
+
+
 def is_trained(folder: Path, total_steps: int) -> bool:
     """Tell whether the last checkpoint in `folder` is of the last step."""
     checkpoints = list_checkpoints(folder / "checkpoints")

@@ -92,6 +92,13 @@ def describe_run(data: TrainingData, settings: TrainSettings, source: RunSource)
     )
 
 
+def refuse_other_run(run_dir: Path, run: Run) -> None:
+    """Raise `FocalError` naming the first difference in settings, data or quality if `run_dir` is of another run."""
+    path = run_dir / "settings.json"
+    if path.exists():
+        _refuse_differences(path, _identity(read_run(run_dir)), _identity(run))
+
+
 def write_run(run_dir: Path, run: Run) -> Run:
     """Write settings.json, or, where it exists, check that it is of the same run and add the new seeds.
 
@@ -99,8 +106,8 @@ def write_run(run_dir: Path, run: Run) -> Run:
     """
     path = run_dir / "settings.json"
     if path.exists():
+        refuse_other_run(run_dir, run)
         saved = read_run(run_dir)
-        _refuse_differences(path, _identity(saved), _identity(run))
         seeds = tuple(sorted(set(saved.source.seeds) | set(run.source.seeds)))
         if seeds == saved.source.seeds:
             return saved
