@@ -132,7 +132,9 @@ def unpack_bundle(
     target = Path(target or Path(stores) / collection.family)
     _check_outside(target, path)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        return already_unpacked(target, bag)[0], report
+        there = open_unpacked(target, bag)
+        verify_collection(there)
+        return there, report
     check_room(target, bag)
     make_folder(target.parent)
     remove_temporaries(target.parent, target.name)
@@ -143,10 +145,7 @@ def unpack_bundle(
             data = read_checked(collection.source, name, MAX_FILE_BYTES, bag.files[f"{PAYLOAD}/{name}"])
             write_file(folder / name, data)
             advance(len(data))
-    unpacked = open_collection(target)
-    if unpacked.content_hash != collection.content_hash:  # somebody else's folder came there first
-        raise FocalError(f"{target} has another content hash than {path}; choose another folder with -o")
-    return unpacked, report
+    return open_unpacked(target, bag), report
 
 
 def open_bundle(path: Path | str, max_size: int = MAX_SIZE) -> Bag:
@@ -255,16 +254,14 @@ def _write_bundle(
             write_file(folder / name, read(name))
 
 
-def already_unpacked(target: Path, bag: Bag) -> tuple[Collection, VerifyReport]:
-    """The collection at `target`, verified, if it is the bundle's."""
-    document = f"{PAYLOAD}/{DOCUMENT}"
-    if not is_committed(target) or Folder(target).sha256(DOCUMENT) != bag.files[document]:
+def open_unpacked(target: Path, bag: Bag) -> Collection:
+    """Open the collection at `target`. Raises `FocalError` when it is not the bundle's."""
+    if not is_committed(target) or Folder(target).sha256(DOCUMENT) != bag.files[f"{PAYLOAD}/{DOCUMENT}"]:
         raise FocalError(
             f"{target} exists and is not the collection of this bundle; choose another folder, for example: "
             f"-o {quoted(target.with_name(bag.name))}"
         )
-    there = open_collection(target)
-    return there, verify_collection(there)
+    return open_collection(target)
 
 
 def check_size(bag: Bag, max_size: int) -> None:

@@ -601,7 +601,7 @@ def test_another_folder_that_came_first(packed, make_collection, tmp_path, monke
 
     monkeypatch.setattr(os, "rename", race)
     message = refused(lambda: unpack_bundle(packed, tmp_path / "walks"))
-    assert f"{tmp_path / 'walks'} has another content hash than {packed}; choose another folder with -o" in message
+    assert f"{tmp_path / 'walks'} exists and is not the collection of this bundle" in message
     assert files_of(tmp_path / "walks") == files_of(other)
 
 
