@@ -1,16 +1,16 @@
-"""A progress bar for work on bytes. Apart from console.py, whose imports take seconds."""
+"""Progress bars for work on bytes and on tasks. Apart from console.py, whose imports take seconds."""
 
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 _QUIET_SECONDS = 30
 
 
 class ByteBar:
-    """Shows `bar(done, total)` on the error stream, so that standard output stays for results.
+    """Shows `bar(done, total)`, in bytes, on the error stream, so that standard output stays for results.
 
     It appears at the first call. Without a terminal it prints a line every half minute.
     """
@@ -20,11 +20,14 @@ class ByteBar:
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            *self._rate(), TextColumn("left"), TimeRemainingColumn(),
             console=self.console, disable=not self.console.is_terminal, transient=True,
         )  # fmt: skip
         self._task = self.progress.add_task(what, total=None)
         self._printed = time.monotonic()
+
+    def _rate(self) -> tuple[ProgressColumn, ...]:
+        return (TransferSpeedColumn(),)
 
     def __call__(self, done: int, total: int) -> None:
         """Say that `done` of `total` bytes are done."""
@@ -41,3 +44,10 @@ class ByteBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
+
+
+class TaskBar(ByteBar):
+    """The same for what reads or writes a collection task by task."""
+
+    def _rate(self) -> tuple[ProgressColumn, ...]:
+        return (TextColumn("{task.completed:.0f} of {task.total:.0f} tasks"),)

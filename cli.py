@@ -108,7 +108,7 @@ def envs(as_json: bool) -> None:
 
 @main.group()
 def data() -> None:
-    """Make, list, show, check and re-label collections."""
+    """Make, list, show, check, re-label, import, export and merge collections."""
 
 
 @data.command()
@@ -224,6 +224,100 @@ def relabel(path: Path | str, output: Path, assignments: Sequence[str]) -> None:
 
     rule = override(open_collection(path).tasks[0].rule, parse_assignments(assignments))
     print_collection(relabel_collection(path, output, rule))
+
+
+@data.command("import")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["unicorn", "d4rl", "minari", "focal-iclr"]), required=True)
+@click.option("--env", "env_name", required=True, help="Task family of the data, see `focal-cli envs`.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the collection.")
+@click.option("--licence", required=True, help="The data's own licence, an SPDX identifier.")
+@click.option("--author", "authors", multiple=True, help="May be given several times.")
+@click.option("--name", help="[default: FAMILY-FORMAT]")
+@click.option("--tasks", "tasks_file", type=click.Path(path_type=Path), help="JSON file of parameters and splits.")
+@click.option("--split", metavar="TRAIN/TEST", help="Numbers of tasks. [default: the family's proportion]")
+@click.option("--label", type=click.Choice(["scores", "random", "medium", "expert"]),
+              help="Quality of all episodes, or computed from returns. [default: none]")  # fmt: skip
+@click.option("--horizon", type=click.IntRange(1), help="Time limit of the data. [default: the family's]")
+@click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True, help="Default to train at.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of split and held-out episodes.")
+def import_(
+    source: Path, form: str, env_name: str, output: Path, licence: str, authors: Sequence[str], name: str | None,
+    tasks_file: Path | None, split: str | None, label: Any, horizon: int | None, scale: str, seed: int,
+) -> None:  # fmt: skip
+    """Import data that others collected (docs/exchange.md): pickles only with --format focal-iclr, in a sandbox."""
+    from .bars import TaskBar
+    from .console import print_collection
+    from .datasets.importing import ImportRequest, import_collection, list_tasks
+    from .importing import expert_test, family_facts, plan_tasks
+    from .provenance import provenance
+
+    facts = family_facts(env_name, horizon)
+    tasks = plan_tasks(env_name, list_tasks(source, form), tasks_file, split, seed)
+    request = ImportRequest(
+        source, form, output, facts, tasks, licence, tuple(authors), name, label, seed, scale, provenance(),
+        expert_test(env_name, facts.horizon),
+    )  # fmt: skip
+    with TaskBar("importing") as bar:
+        collection = import_collection(request, bar)
+    print_collection(collection)
+
+
+@data.command()
+@click.argument("path", type=Location())
+@click.option("--format", "form", type=click.Choice(["minari", "d4rl"]), required=True)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
+def export(path: Path | str, form: str, output: Path) -> None:
+    """Write a collection in another project's format, and say what that cannot hold."""
+    from .bars import TaskBar
+    from .datasets import open_collection
+    from .datasets.exporting import export_collection
+
+    with TaskBar("exporting") as bar:
+        losses = export_collection(open_collection(path), form, output, bar)
+    click.echo(f"{output}: exported as {form}")
+    for loss in losses:
+        click.echo(f"not carried: {loss}")
+    if form == "minari":
+        click.echo(f"list it with: MINARI_DATASETS_PATH={shlex.quote(str(output.resolve()))} minari list local")
+
+
+@data.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=Location())
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new collection.")
+@click.option("--data", "quality", type=click.Choice(QUALITIES), default="mixed", show_default=True)
+@click.option("--tasks", "tasks", multiple=True, metavar="0-9,12", help="Tasks to keep, once per PATH.")
+@click.option("--join", is_flag=True, help="Join the episodes of tasks with the same parameters.")
+@click.option("--name", help="[default: FAMILY-merged]")
+def merge(
+    paths: Sequence[Path | str], output: Path, quality: str, tasks: Sequence[str], join: bool, name: str | None
+) -> None:
+    """Put collections of one family together, or take a part of one."""
+    from .bars import TaskBar
+    from .console import print_collection
+    from .datasets import open_collection
+    from .datasets.merging import merge_collections
+    from .provenance import provenance
+
+    chosen = [parse_ranges(text) for text in tasks] or None
+    with TaskBar("merging") as bar:
+        collection = merge_collections(
+            [open_collection(path) for path in paths], output, quality=quality, tasks=chosen, join=join, name=name,
+            provenance=provenance(), progress=bar,
+        )  # fmt: skip
+    print_collection(collection)
+
+
+def parse_ranges(text: str) -> list[int]:
+    """`0-9,12` as a list of numbers."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 100_000):
+            raise UsageError(f"--tasks got '{text}', expected task numbers, for example --tasks 0-9,12")
+        numbers += range(int(first), int(last) + 1)
+    return list(dict.fromkeys(numbers))
 
 
 @main.group()

@@ -176,6 +176,7 @@ def collection_document(collection: Collection) -> dict[str, Any]:
         "created": collection.created,
         "derived_from": [dict(origin) for origin in collection.derived_from],
         "settings": dict(collection.settings),
+        "notes": list(collection.header.notes),
         "quality": quality_rows(collection),
         "tasks_detail": task_rows(collection),
     }
@@ -202,17 +203,20 @@ def quality_rows(collection: Collection) -> list[dict[str, Any]]:
 
 def task_rows(collection: Collection) -> list[dict[str, Any]]:
     """References of every task, and what its expert's absolute test measured."""
-    return [
-        {
-            "task": entry.index,
-            "split": entry.split,
-            "random": entry.record.references.random,
-            "expert": entry.record.references.expert,
-            "reached expert": "yes" if entry.record.references.reached_expert else "NO",
-            "test": entry.record.references.expert_test,
-        }
-        for entry in collection.tasks
-    ]
+    rows = []
+    for entry in collection.tasks:
+        references = entry.record.references
+        rows.append(
+            {
+                "task": entry.index,
+                "split": entry.split,
+                "random": references.random if references.known else None,
+                "expert": references.expert if references.known else None,
+                "reached expert": "yes" if references.reached_expert else "NO" if references.known else None,
+                "test": references.expert_test,
+            }
+        )
+    return rows
 
 
 def print_collection(collection: Collection, tasks: bool = False) -> None:
@@ -226,10 +230,15 @@ def print_collection(collection: Collection, tasks: bool = False) -> None:
         named = " ".join(str(origin.get(key, "?"))[:40] for key in ("name", "version", "content_hash"))
         console.print(escape(f"derived from {named}"))
     print_table(quality_rows(collection))
-    failed = [entry.index for entry in collection.tasks if not entry.record.references.reached_expert]
+    tested = [entry for entry in collection.tasks if entry.record.references.known]
+    failed = [entry.index for entry in tested if not entry.record.references.reached_expert]
+    if not tested:
+        console.print("no reference returns are known: no normalised scores, no tested expert")
     if failed:
         listed = ", ".join(map(str, failed[:20])) + (", ..." if len(failed) > 20 else "")
         console.print(f"{len(failed)} of {len(collection.tasks)} tasks never reached expert: {listed}")
+    for note in collection.header.notes:
+        console.print(f"note: {escape(note)}")
     if tasks:
         print_table(task_rows(collection))
 
@@ -290,7 +299,10 @@ def print_test(tested: RunTest) -> None:
         console.print(f"test tasks without {result.quality} data, left out: {', '.join(map(str, result.skipped))}")
     uncounted = len(result.counted) - int(result.counted.sum())
     if uncounted:
-        console.print(f"{uncounted} of {len(result.counted)} behaviour experts failed their test: not in the score")
+        console.print(
+            f"{uncounted} of {len(result.counted)} behaviour experts failed their test or are not known: "
+            "not in the score"
+        )
 
 
 def print_comparison(compared: Comparison) -> None:

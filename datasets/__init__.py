@@ -5,6 +5,12 @@ read      open_collection -> Collection.select, load, load_training, load_contex
 check     verify_collection                                                                  integrity.py
 re-cut    relabel_collection                                                                 collecting.py
 share     pack_bundle, verify_bundle, unpack_bundle; push_bundle, pull_bundle               bundle.py, transfer.py
+
+Seldom needed, so imported by their modules:
+
+import    list_tasks, import_collection                                                      importing.py
+export    export_collection                                                                  exporting.py
+merge     merge_collections                                                                  merging.py
 """
 
 from .bundle import BundleReport, pack_bundle, unpack_bundle, verify_bundle

@@ -13,12 +13,13 @@ A segment is one npz file, not a store: it is read once, by the machine that wro
 cost 40 times the fsyncs at every checkpoint.
 """
 
+import contextlib
 import datetime
 import io
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from .opening import (
 )
 from .quality import QualityRule, label_episodes
 from .records import CollectionHeader, TaskRecord, differences
-from .sources import Folder, read_checked
+from .sources import Folder, Source, read_checked
 from .storage import (
     AGAIN,
     TEMPORARY,
@@ -256,18 +257,19 @@ def relabel_collection(src: Path | str, dst: Path, rule: QualityRule) -> Collect
     """Copy the collection `src`, a folder or a URL, to the new folder `dst` with its qualities cut by another rule.
 
     The copy is the next minor version and names `src` in `derived_from`; `src` is not touched. Raises `FocalError`
-    when `dst` exists, lies inside `src`, or `src` is damaged.
+    when `dst` exists, lies inside `src`, `src` is damaged, or its levels were given by the source of imported data.
     """
     source = open_collection(src)
-    if dst.exists() or (isinstance(src, Path) and dst.resolve().is_relative_to(src.resolve())):
-        raise FocalError(f"{dst} exists or lies inside {src}, expected a new folder; choose another one with -o")
+    if given := [entry.index for entry in source.tasks if entry.labels == "given"]:
+        raise FocalError(
+            f"{src}: the levels of task {given[0]} were given by its source, not computed from scores, so no rule can "
+            f"re-cut them; choose episodes by level: focal-cli data merge {quoted(src)} --data expert -o NEW"
+        )
     major, minor, _ = source.version.split(".")
     settings = {**source.settings, "quality": asdict(rule)}
     header = replace(source.header, version=f"{major}.{int(minor) + 1}.0", settings=settings)
     origin = {"name": source.name, "version": source.version, "content_hash": source.content_hash}
-    make_folder(dst.parent)
-    remove_temporaries(dst.parent, dst.name)
-    with new_folder(dst) as folder:
+    with derived_folder(dst, [source.source]) as folder:
         for entry in source.tasks:
             episodes, references = entry.store.read_episodes(), entry.record.references
             labelled = label_episodes(
@@ -287,3 +289,21 @@ def relabel_collection(src: Path | str, dst: Path, rule: QualityRule) -> Collect
                     f"{src}: task {entry.index}, array {damaged[0]} does not have its content hash; {AGAIN}"
                 )
     return open_collection(dst)
+
+
+@contextlib.contextmanager
+def derived_folder(dst: Path, sources: Sequence[Source]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `dst` when the block ends: for what is written in one go.
+
+    Killed anywhere, `dst` does not exist and the next run removes what was left. Raises `FocalError` when `dst` exists
+    or lies inside one of the `sources`, and for a full disk.
+    """
+    for source in sources:
+        if isinstance(source, Folder) and dst.resolve().is_relative_to(source.path.resolve()):
+            raise FocalError(f"{dst} lies inside {source}, expected a new folder elsewhere; choose another one with -o")
+    if dst.exists():
+        raise FocalError(f"{dst} exists, expected a new folder; choose another one with -o")
+    make_folder(dst.parent)
+    remove_temporaries(dst.parent, dst.name)
+    with new_folder(dst) as folder:
+        yield folder

@@ -14,13 +14,13 @@ import numpy as np
 from ..errors import FocalError
 from .collection import Collection
 from .opening import open_collection
-from .quality import label_episodes
 from .sources import side_by_side
 from .storage import AGAIN
 from .store import array_hash, episodes_of, evaluation_arrays
-from .tasks import TaskEntry, count_levels, with_mixed
+from .tasks import TaskEntry, count_levels, recomputed_labels, with_mixed
 
 Progress = Callable[[int, int], None]
+_LABEL_ARRAYS = {"qualities": "episodes/quality", "heldout": "episodes/heldout"}
 
 _CORES = os.cpu_count() or 1
 _AT_ONCE = 8  # files hashed side by side: far away, they wait more than they compute
@@ -77,15 +77,8 @@ def _verify_task(entry: TaskEntry) -> None:
             )
     episodes = episodes_of(arrays)
     episodes.validate(where)
-    references = entry.record.references
-    labelled = label_episodes(
-        episodes, entry.rule, references.random, references.expert, references.reached_expert, entry.heldout_seeds
-    )
-    computed = {
-        "episodes/quality": labelled.qualities,
-        "episodes/heldout": labelled.heldout,
-        **evaluation_arrays(episodes),
-    }
+    labels = recomputed_labels(episodes, entry.record.references, entry.rule, entry.heldout_seeds, entry.labels)
+    computed = {**{_LABEL_ARRAYS[name]: values for name, values in labels.items()}, **evaluation_arrays(episodes)}
     for name, values in computed.items():
         if not np.array_equal(arrays[name], values, equal_nan=values.dtype.kind == "f"):
             raise FocalError(f"{where}: array {name} does not follow from the returns, the rule and the seed; {AGAIN}")

@@ -286,14 +286,19 @@ def _declared(attributes: Mapping[str, Any], where: str) -> tuple[Sizes, list[st
         read.integer("checkpoints", 1, episodes),
         read.integer("rollouts", 1, episodes),
     )
-    infos = Reader(attributes, where).items("infos", str)
+    return sizes, read_infos(Reader(attributes, where), where)
+
+
+def read_infos(read: Reader, where: str) -> list[str]:
+    """Read the names of the infos: some will be names of folders, so nothing but plain words is one."""
+    infos: list[str] = read.items("infos", str)
     if (
         len(infos) > MAX_INFOS
         or infos != sorted(set(infos))
         or not all(re.fullmatch(_INFO_NAME, name) for name in infos)
     ):
         raise FocalError(f"{where}: infos is {repr(infos)[:80]}, expected sorted lower-case names; {AGAIN}")
-    return sizes, infos
+    return infos
 
 
 def _groups(arrays: Mapping[str, Any]) -> list[str]:

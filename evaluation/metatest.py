@@ -122,10 +122,10 @@ class MetaTestResult:
     skipped: tuple[int, ...]
     heldout_only: bool
     conditions: dict[str, TaskReturns]
-    untrained_reference: np.ndarray  # (K,) deterministic untrained behaviour policy, reported reward
-    expert_reference: np.ndarray  # (K,) deterministic behaviour expert, reported reward
+    untrained_reference: np.ndarray  # (K,) deterministic untrained behaviour policy, reported reward; NaN: not known
+    expert_reference: np.ndarray  # (K,) deterministic behaviour expert, reported reward; NaN: not known
     optimum: np.ndarray | None  # (K,) where a closed-form optimum exists
-    counted: np.ndarray  # (K,) bool: the task's behaviour expert passed its absolute test
+    counted: np.ndarray  # (K,) bool: references are known and the task's behaviour expert passed its absolute test
     embeddings: np.ndarray = field(repr=False)  # (K, E, L) of the right contexts
     centroids: np.ndarray = field(repr=False)  # (K, L) mean embedding of each task's logged contexts
     context_returns: TaskReturns | None = None  # (K, E, R) of episodes that were rolled out for a context
@@ -172,8 +172,8 @@ class MetaTestResult:
             "skipped_tasks": list(self.skipped),
             "heldout_context_only": self.heldout_only,
             "optimum": None if self.optimum is None else self.optimum.tolist(),
-            "untrained_reference": self.untrained_reference.tolist(),
-            "expert_reference": self.expert_reference.tolist(),
+            "untrained_reference": _or_none(self.untrained_reference),
+            "expert_reference": _or_none(self.expert_reference),
             "expert_passed": self.counted.tolist(),
             "embeddings": self.embeddings.tolist(),
             "centroids": self.centroids.tolist(),
@@ -182,7 +182,7 @@ class MetaTestResult:
                 name: {
                     "mean": self.mean(name),
                     "score": self.score(name),
-                    "task_scores": [None if np.isnan(score) else score for score in self.task_scores(name).tolist()],
+                    "task_scores": _or_none(self.task_scores(name)),
                     "share_of_optimum": self.share_of_optimum(name),
                     **returns.to_json(),
                 }
@@ -233,12 +233,15 @@ def meta_test(
         RIGHT: source.result(contexts) or played(play_agent(envs, agent, contexts.embeddings, seeds)),
         UNTRAINED: source.result(before) or played(play_agent(envs, untrained, before.embeddings, seeds)),
         ZERO: played(rollout(envs, lambda obs: np.zeros((len(obs), tasks.family.act_dim), np.float32), seeds)),
-        EXPERT: played(play_experts(envs, tasks, episodes, seeds)),
     }
     if count > 1 and source.result(contexts) is None:
         conditions[WRONG] = played(play_agent(envs, agent, contexts.wrong, seeds))
+    # imported data come without behaviour policies
+    if all(f"{_expert_policy(entry)}.json" in tasks.collection.files for entry in tasks.entries):
+        conditions[EXPERT] = played(play_experts(envs, tasks, episodes, seeds))
     envs.close()
     untrained_reference, expert_reference = _references(tasks)
+    reached = np.array([entry.record.references.reached_expert for entry in tasks.entries])
     return MetaTestResult(
         family=tasks.family.name,
         protocol=source.protocol,
@@ -252,7 +255,7 @@ def meta_test(
         untrained_reference=untrained_reference,
         expert_reference=expert_reference,
         optimum=_optimum(tasks),
-        counted=np.array([entry.record.references.reached_expert for entry in tasks.entries]),
+        counted=reached & np.isfinite(untrained_reference) & np.isfinite(expert_reference),
         embeddings=contexts.embeddings.reshape(count, episodes, -1),
         centroids=task_centroids(agent, tasks, seed),
         context_returns=contexts.returns,
@@ -295,8 +298,7 @@ def play_experts(envs: BatchedEnvs, tasks: TestTasks, episodes: int, seeds: Sequ
     """Roll each task's best behaviour policy out deterministically: what stage two could at best imitate."""
     experts = []
     for entry in tasks.entries:
-        stem = f"policies/task_{entry.index:04d}/step_{entry.record.references.expert_sac_step:09d}"
-        experts.append(read_policy(tasks.collection, stem))
+        experts.append(read_policy(tasks.collection, _expert_policy(entry)))
 
     @torch.no_grad()
     def act(observations: np.ndarray) -> np.ndarray:
@@ -330,6 +332,15 @@ def half_way_round(own: np.ndarray, count: int) -> np.ndarray:
     return (own + count // 2) % count
 
 
+def _expert_policy(entry: TaskEntry) -> str:
+    """Where the best behaviour policy of a task is in its collection, without suffix."""
+    return f"policies/task_{entry.index:04d}/step_{entry.record.references.expert_sac_step:09d}"
+
+
+def _or_none(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else value for value in values.tolist()]
+
+
 def episode_seeds(seed: int, count: int, *stream: int) -> list[int]:
     """Return the reset seeds of `count` episodes."""
     words = np.random.SeedSequence(seed, spawn_key=(EPISODE_STREAM, *stream)).generate_state(count)
@@ -345,13 +356,16 @@ def task_returns(rollouts: Rollouts, count: int, episodes: int) -> TaskReturns:
 
 
 def _references(tasks: TestTasks) -> tuple[np.ndarray, np.ndarray]:
-    """Deterministic reference returns (K,) of untrained and best behaviour policy, in the reported reward."""
+    """Deterministic reference returns (K,) of untrained and best behaviour policy, in the reported reward.
+
+    NaN for an imported task that has none.
+    """
     references = [entry.record.references for entry in tasks.entries]
     if tasks.family.sparse:
         pairs = [(r.random_sparse_deterministic, r.expert_sparse_deterministic) for r in references]
     else:
         pairs = [(r.random_deterministic, r.expert_deterministic) for r in references]
-    means = np.array([[np.mean(untrained), np.mean(expert)] for untrained, expert in pairs])
+    means = np.array([[np.mean(returns) if len(returns) else np.nan for returns in pair] for pair in pairs])
     return means[:, 0], means[:, 1]
 
 

@@ -591,6 +591,20 @@ def test_a_bundle_swapped_while_it_is_unpacked(packed, source, tmp_path, monkeyp
     assert list((tmp_path / "stores").iterdir()) == []
 
 
+def test_another_folder_that_came_first(packed, make_collection, tmp_path, monkeypatch):
+    """The target is made by somebody else between the check and the rename."""
+    other, rename = make_collection(tmp_path / "other", tasks=2, skills=(0.0, 1.0), episodes=2).path, os.rename
+
+    def race(old: Path, new: Path) -> None:
+        shutil.copytree(other, new)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", race)
+    message = refused(lambda: unpack_bundle(packed, tmp_path / "walks"))
+    assert f"{tmp_path / 'walks'} exists and is not the collection of this bundle" in message
+    assert files_of(tmp_path / "walks") == files_of(other)
+
+
 # ---- full disks ----
 
 
