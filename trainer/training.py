@@ -62,9 +62,10 @@ class Training:
                 numbers: dict[str, float] = {}
                 if logs or saves or self.replay.device.type == "cpu":  # elsewhere each look waits for the device
                     numbers = _floats(metrics)
+                    if logs:
+                        numbers |= {**value_drift(numbers, step, journal.last), **self.describe(step)}
                     self._refuse_divergence(numbers, step)
                 if logs:
-                    numbers |= {**value_drift(numbers, step, journal.last), **self.describe(step)}
                     journal.write("metrics", step, numbers, phase)
                 self.after_step(step, phase, journal)
                 if saves:
@@ -102,8 +103,8 @@ class Training:
                 remedy = "with smaller steps, for example --set critic_learning_rate=1e-4 --set tau=0.002"
             elif name == "critic/value_largest" and value > self.value_bound:
                 found = f"values diverge: {name} is {value:.3g} at step {step}, above the bound {self.value_bound:.3g}"
-                remedy = "with smaller steps (--set critic_learning_rate=1e-4), regularisation where the method has it "
-                remedy += "(--set regularisation.kind=value-penalty), or another bound (--set value_limit=NUMBER)"
+                remedy = "with --set regularisation.kind=value-penalty (FOCAL, Batch PEARL), smaller steps, or --set "
+                remedy += "value_limit=NUMBER"
             else:
                 continue
             kept = list_checkpoints(self.folder / "checkpoints")
