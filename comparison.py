@@ -14,7 +14,7 @@ import numpy as np
 
 from .datasets import open_collection
 from .envs import get_family
-from .errors import UsageError
+from .errors import UsageError, did_you_mean
 from .evaluation import Interval, over_seeds, probability_of_improvement
 from .evaluation.metatest import RIGHT, UNTRAINED, WRONG, MetaTestResult
 from .evaluation.run_figures import logged
@@ -164,7 +164,8 @@ def split_assignments(assignments: tuple[str, ...], algos: tuple[str, ...]) -> d
             raise UsageError(f"--set {word} is for '{owner}', which is not compared; these are: {', '.join(algos)}")
         owners = [owner] if colon else [algo for algo in algos if name.strip() in known[algo]]
         if not owners:
-            raise UsageError(f"--set {word}: none of {', '.join(algos)} has a setting '{name}'; see RUN/settings.json")
+            every = set().union(*known.values())
+            raise UsageError(f"none of {', '.join(algos)} has a setting '{name.strip()}'; {did_you_mean(name, every)}")
         for algo in owners:
             mine[algo].append(word.removeprefix(f"{owner}:"))
     return {algo: tuple(words) for algo, words in mine.items()}

@@ -101,7 +101,7 @@ class PlainFocal:
         arrays = data.observations[rows], data.actions[steps], r, data.observations[rows + 1], d
         return tuple(torch.from_numpy(array) for array in arrays)
 
-    def batch(self, chosen: Sequence[int]) -> list[Tensor]:
+    def batch(self, chosen: Sequence[int] | np.ndarray) -> list[Tensor]:
         """Draw the control networks' batch, all tasks one after another."""
         parts = [self.rows(task, self.settings.batch_size) for task in chosen]
         return [torch.cat(column) for column in zip(*parts, strict=True)]
