@@ -161,7 +161,7 @@ def meta_test(
     }
     if count < 2:
         del play[WRONG]  # there is no other task
-    if not all(f"{_expert_policy(entry)}.json" in tasks.collection.files for entry in tasks.entries):
+    if not all(tasks.collection.source.exists(f"{_expert_policy(entry)}.json") for entry in tasks.entries):
         del play[EXPERT]  # imported data come without behaviour policies
     conditions = {name: _returns(run(), count, episodes) for name, run in play.items()}
     envs.close()
