@@ -95,7 +95,7 @@ def _splits(family: TaskFamily, found: Sequence[SourceTask], split: str | None, 
     if train + test != count or not train or not test:
         raise UsageError(
             f"{train} training and {test} test tasks, expected at least one of each and {count} together, as there are "
-            f"in the source; for example --split {max(1, count - 1)}/1, or --tasks FILE with a split for each"
+            "in the source; give another --split TRAIN/TEST, or --tasks FILE with a split for each"
         )
     in_order = family.published_split_in_order and found[0].index is not None
     order = np.arange(count) if in_order else stream(seed, SPLIT_STREAM).permutation(count)

@@ -223,10 +223,10 @@ def check_names(where: object, names: Iterable[str], advice: str = FETCH_AGAIN) 
 def check_sizes(where: object, sizes: Mapping[str, int]) -> None:
     """Refuse more files, or a larger file, than any collection has."""
     if len(sizes) > MAX_FILES:
-        raise FocalError(f"{where}: {len(sizes)} files, expected at most {MAX_FILES}")
+        raise FocalError(f"{where}: {len(sizes)} files, expected at most {MAX_FILES}; {FETCH_AGAIN}")
     for name, size in sizes.items():
         if size > MAX_FILE_BYTES:
-            raise FocalError(f"{where}: {name!r} has {size} bytes, expected at most {MAX_FILE_BYTES}")
+            raise FocalError(f"{where}: {name!r} has {size} bytes, expected at most {MAX_FILE_BYTES}; {FETCH_AGAIN}")
 
 
 def name_fault(name: str) -> str | None:
@@ -338,7 +338,8 @@ def _lines(data: bytes, where: str) -> list[str]:
 
 def _check_croissant(bag: Bag, collection: Collection) -> None:
     """What search engines are told of name, version and licence must be true; the rest may change with the format."""
-    found = parse_json(bag.source.read(CROISSANT, MAX_TAG_BYTES), f"{bag.source}/{CROISSANT}")
+    with _bundle_advice():
+        found = parse_json(bag.source.read(CROISSANT, MAX_TAG_BYTES), f"{bag.source}/{CROISSANT}")
     true = croissant_document(collection, bag.authors, bag.info["Bagging-Date"], {})
     for key in ("name", "version", "license"):
         if found.get(key) != true[key]:

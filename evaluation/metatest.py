@@ -237,7 +237,7 @@ def meta_test(
     if count > 1 and source.result(contexts) is None:
         conditions[WRONG] = played(play_agent(envs, agent, contexts.wrong, seeds))
     # imported data come without behaviour policies
-    if all(f"{_expert_policy(entry)}.json" in tasks.collection.files for entry in tasks.entries):
+    if all(tasks.collection.source.exists(f"{_expert_policy(entry)}.json") for entry in tasks.entries):
         conditions[EXPERT] = played(play_experts(envs, tasks, episodes, seeds))
     envs.close()
     untrained_reference, expert_reference = _references(tasks)

@@ -262,9 +262,9 @@ def test_relabel_makes_a_new_version(tmp_path, collection):
     assert back.version == "1.2.0"
     assert len(back.derived_from) == 2
     assert back.content_hash == collection.content_hash
-    with pytest.raises(FocalError, match="exists or lies inside"):
+    with pytest.raises(FocalError, match="exists, expected a new folder"):
         relabel_collection(collection.path, new.path, RULE)
-    with pytest.raises(FocalError, match="exists or lies inside"):
+    with pytest.raises(FocalError, match="lies inside"):
         relabel_collection(collection.path, collection.path / "inner", RULE)
 
 

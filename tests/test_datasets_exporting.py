@@ -305,7 +305,8 @@ def edit_document(folder, change):
     ("change", "message"),
     [
         (lambda d: d.update(format="focal-export/9"), "found format 'focal-export/9', expected 'focal-export/1'"),
-        (lambda d: d["task"].update(env_id="os:system"), "the data are of sparse-point-robot in os:system"),
+        (lambda d: d["task"].update(env_id="os:system"), "env_id is 'os:system'"),
+        (lambda d: d["task"].update(env_id="focal/X-v0"), "the data are of sparse-point-robot in focal/X-v0"),
         (lambda d: d["task"].update(family="walker"), "the data are of walker in focal/SparsePointRobot-v0"),
         (lambda d: d["task"].update(params={"goal": "x"}), "params is"),
         (lambda d: d["quality"].update(labels="guessed"), "labels are 'guessed'"),

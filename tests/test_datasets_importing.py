@@ -18,9 +18,11 @@ from focal.datasets.importing import ImportRequest, import_collection, list_task
 from focal.datasets.quality import QualityRule
 from focal.envs.tasks import published_goals
 from focal.errors import DiskFullError, FocalError, UsageError
+from focal.evaluation import meta_test, select_test_tasks
 from focal.importing import expert_test, family_facts, plan_tasks
 
 from .foreign_files import split, write_focal_iclr, write_unicorn
+from .test_evaluation_metatest import GoalReader, Idle
 
 
 def cli(*arguments, code=0):
@@ -728,8 +730,22 @@ def test_the_command_line(unicorn, iclr, tmp_path):
     assert collection.provenance["focal"]
 
 
-def test_imported_data_train_and_test(unicorn, tmp_path):
+def test_imported_data_are_meta_tested(unicorn, tmp_path):
     """Without references, policies or levels: the scores and the expert are missing, the rest is there."""
+    tasks = select_test_tasks(load(unicorn[0], "unicorn", tmp_path / "out", split="3/2"), "mixed")
+    result = meta_test(GoalReader(), Idle(), tasks, context_size=32, episodes=2, seed=0)
+    assert sorted(result.conditions) == ["right context", "untrained", "wrong context", "zero action"]
+    assert result.share_of_optimum("right context") > 0.9
+    assert result.score("right context") is None
+    assert not result.counted.any()
+    document = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert document["expert_reference"] == [None, None]
+    assert document["conditions"]["right context"]["task_scores"] == [None, None]
+
+
+@pytest.mark.slow
+def test_imported_data_train_and_test(unicorn, tmp_path):
+    """The same by the commands, with a network that is trained on them."""
     folders = ["--stores", tmp_path / "stores", "--runs", tmp_path / "runs"]
     cli("data", "import", unicorn[0], "--format", "unicorn", "--env", "point", "--licence", "MIT", "--split", "3/2",
         "--scale", "smoke", "-o", tmp_path / "stores" / "sparse-point-robot")  # fmt: skip
