@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .encoder import DeterministicEncoder, context_width
+from .encoder import DeterministicEncoder, ProbabilisticEncoder, context_width
 from .networks import TanhGaussianPolicy
 from .settings import TrainSettings
 from .transform import ObservationTransform
@@ -25,7 +25,7 @@ class Agent:
         self,
         settings: TrainSettings,
         transform: ObservationTransform,
-        encoder: DeterministicEncoder,
+        encoder: DeterministicEncoder | ProbabilisticEncoder,
         policy: TanhGaussianPolicy,
     ) -> None:
         self.settings = settings
@@ -80,7 +80,12 @@ def new_agent(
 ) -> Agent:
     """Make an untrained agent; the CPU `generator` decides its weights on every device."""
     width = context_width(transform.dim, act_dim, settings.next_observation_in_context)
-    encoder = DeterministicEncoder(width, settings.encoder_hidden, settings.latent_dim, generator)
+    sizes = width, settings.encoder_hidden, settings.latent_dim
+    encoder: DeterministicEncoder | ProbabilisticEncoder
+    if settings.encoder.kind == "deterministic":
+        encoder = DeterministicEncoder(*sizes, generator)
+    else:
+        encoder = ProbabilisticEncoder(*sizes, settings.encoder.prior_std, generator)
     policy = TanhGaussianPolicy(
         transform.dim + settings.latent_dim,
         settings.control_hidden,

@@ -1,7 +1,9 @@
-"""FOCAL (arXiv 2010.01112, Algorithm 1): distance metric learning of a deterministic encoder, and behaviour-regularised
+"""FOCAL (arXiv 2010.01112, Algorithm 1): distance metric learning of a context encoder, and behaviour-regularised
 actor-critic on observations joined to the task embedding, their gradients decoupled.
 
-K tasks, B transitions per task, N context transitions, L latent size. An augmented state is (observation, z).
+K tasks, B transitions per task, N context transitions, L latent size. An augmented state is (observation, z). Each loss
+is one function below; their variants are settings (settings.py), named where they act. D1 to D7 are the departures of
+the released code (reference-facts section 7).
 """
 
 import copy
@@ -81,43 +83,50 @@ class Focal:
         """Map raw observations (K, M, obs_dim) and embeddings (K, L) to actions (K, M, act_dim)."""
         return self.agent.act(observations, embeddings, deterministic, generator)
 
-    def update(self, batch: MetaBatch, generator: torch.Generator) -> Metrics:
+    def update(self, batch: MetaBatch, generator: torch.Generator, encoder_rate: float = 1.0) -> Metrics:
         """Take one gradient step with each optimiser that `batch` has data for. Returns metrics, tensors ().
 
-        The embedding reaches the control losses without gradient (decoupled), as it was before the encoder's step.
+        `encoder_rate` multiplies the encoder's learning rate. Control sees the embedding as it was before the encoder's
+        step, without gradient (decoupled) or with that of the critic's loss alone (coupled, as in PEARL).
         """
-        metrics: Metrics = {}
-        if batch.trains_encoder:
-            embeddings = self.agent.encoder(batch.contexts.flatten(0, 1))  # (2 K, L)
-            distance = self.settings.distance
-            loss, metrics = distance_metric_loss(
-                embeddings, batch.tasks.repeat(2), distance.power, distance.beta, distance.epsilon, distance.form
-            )
-            self._step("encoder", distance.weight * loss)
-            embeddings = embeddings[: len(batch.tasks)].detach()  # (K, L)
-        else:
-            embeddings = self.embed(batch.contexts[0])
-        if batch.transitions is not None:
-            metrics |= self._update_control(batch.transitions, batch.discriminator, embeddings, generator)
+        settings, metrics = self.settings, Metrics()
+        bf16 = settings.precision == "bf16"  # a cache would keep the casts of weights that have since stepped
+        with torch.autocast(self.agent.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            with torch.set_grad_enabled(batch.trains_encoder):
+                embeddings, kl = self.agent.encoder.infer(batch.contexts.flatten(0, 1), generator)  # (draws K, L), ..
+            seen = embeddings[: len(batch.tasks)].detach()  # (K, L)
+            seen.requires_grad_(settings.gradients == "coupled" and batch.trains_encoder)
+            bellman = None  # gradient of the critic's loss in `seen`
+            if batch.transitions is not None:
+                metrics, bellman = self._update_control(batch.transitions, batch.discriminator, seen, generator)
+            if batch.trains_encoder:
+                labels = batch.tasks.repeat(len(batch.contexts))
+                loss, encoder_metrics = encoder_loss(embeddings, kl, labels, settings)
+                if bellman is not None and not settings.released.discard_bellman:  # D1
+                    loss = loss + (embeddings[: len(batch.tasks)] * bellman).sum()  # the chain rule
+                self.optimisers["encoder"].param_groups[0]["lr"] = settings.encoder_learning_rate * encoder_rate
+                encoder_metrics["encoder/gradient_norm"], _ = self._step("encoder", loss)
+                metrics |= encoder_metrics
         return metrics
 
     def _update_control(
         self, batch: Batch, fresh: tuple[Batch, ...], embeddings: Tensor, generator: torch.Generator
-    ) -> Metrics:
+    ) -> tuple[Metrics, Tensor | None]:
+        """Step discriminator, critic and policy. Returns metrics, and the critic loss's gradient in `embeddings`."""
         policy, discriminator, settings = self.agent.policy, self.discriminator, self.settings
-        entropy_weight = self._entropy_weight()
-        metrics: Metrics = {}
+        entropy_weight, metrics = self._entropy_weight(), Metrics()
         if discriminator is not None:
             for other in (*fresh, batch):
                 metrics |= self._update_discriminator(discriminator, other, embeddings, generator)
 
         states = augment(batch.observations, embeddings)  # (K, B, dim + L)
         next_states = augment(batch.next_observations, embeddings)
-        targets = critic_targets(
+        targets, target_metrics = critic_targets(
             policy,
             self.target_critic,
             discriminator,
             batch,
+            states,
             next_states,
             settings,
             self.alpha,
@@ -125,34 +134,35 @@ class Focal:
             generator,
         )
         loss, critic_metrics = critic_loss(self.critic, states, batch.actions, targets)
-        self._step("critic", loss)
+        norm, bellman = self._step("critic", loss, embeddings if embeddings.requires_grad else None)
+        metrics |= target_metrics | critic_metrics | {"critic/gradient_norm": norm}
 
         loss, actor_metrics = actor_loss(
             policy, self.critic, discriminator, states, batch.actions, settings, self.alpha, entropy_weight, generator
         )
-        self._step("policy", loss)
+        norm, _ = self._step("policy", loss)
+        metrics |= actor_metrics | {"actor/gradient_norm": norm}
 
         polyak_update(self.target_critic, self.critic, settings.tau)
-        metrics |= critic_metrics | actor_metrics
         if settings.regularisation.adaptive and discriminator is not None:
             self.alpha.copy_(updated_alpha(self.alpha, metrics["regularisation/divergence"], settings.regularisation))
         if settings.entropy.learnt and settings.entropy.enabled:
             entropy = metrics["actor/entropy"]
             self._step("entropy", entropy_weight_loss(self.log_entropy_weight, entropy, self.target_entropy))
-        return metrics
+        return metrics, bellman
 
     def _update_discriminator(
         self, discriminator: StateActionNet, batch: Batch, embeddings: Tensor, generator: torch.Generator
     ) -> Metrics:
-        states = augment(batch.observations, embeddings)
+        states = augment(batch.observations, embeddings.detach())
         with torch.no_grad():
             actions, _ = self.agent.policy.sample(states, generator)
-        rule = self.settings.regularisation
+        rule, output = self.settings.regularisation, self.settings.released.penalise_output  # D2
         loss, metrics = discriminator_loss(
-            discriminator, states, actions, batch.actions, rule.divergence, rule.gradient_penalty, generator
+            discriminator, states, actions, batch.actions, rule.divergence, rule.gradient_penalty, generator, output
         )
-        self._step("discriminator", loss)
-        return metrics
+        norm, _ = self._step("discriminator", loss)
+        return metrics | {"discriminator/gradient_norm": norm}
 
     def _entropy_weight(self) -> Tensor:
         entropy: EntropySettings = self.settings.entropy
@@ -171,17 +181,37 @@ class Focal:
         # fused: one pass over the weights, 3 to 4 times faster than the loop on a CPU core
         return {name: torch.optim.Adam(weights, lr=rate, fused=True) for name, (weights, rate) in groups.items()}
 
-    def _step(self, name: str, loss: Tensor) -> None:
+    def _step(self, name: str, loss: Tensor, also: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Move the parameters of one optimiser down `loss`, and nothing else.
 
-        Gradients are taken with respect to these parameters alone, so none is computed for, or left on, another network
-        (an actor step costs no gradient of the critic's weights).
+        Gradients are taken with respect to these parameters alone (and `also`), so none is computed for, or left on,
+        another network: an actor step costs no gradient of the critic's weights. Returns the norm () of the parameters'
+        gradient, and the gradient in `also`.
         """
         optimiser = self.optimisers[name]
         parameters = optimiser.param_groups[0]["params"]
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        gradients = torch.autograd.grad(loss, parameters if also is None else [*parameters, also])
+        for parameter, gradient in zip(parameters, gradients, strict=False):
             parameter.grad = gradient
         optimiser.step()
+        norms = torch._foreach_norm(gradients[: len(parameters)])
+        return torch.linalg.vector_norm(torch.stack(norms)), None if also is None else gradients[-1]
+
+
+def encoder_loss(embeddings: Tensor, kl: Tensor, labels: Tensor, settings: TrainSettings) -> tuple[Tensor, Metrics]:
+    """Loss of the encoder for `embeddings` (D, L) of the tasks `labels` (D,), with their KL terms (D,).
+
+        distance.weight * distance metric loss (eq. 13) + encoder.kl_weight * sum over tasks of KL(q(z | c) || prior)
+
+    The KL, of the probabilistic encoder only, is averaged over a task's draws, and summed over tasks as in PEARL.
+    """
+    rule = settings.distance
+    loss, metrics = distance_metric_loss(embeddings, labels, rule.power, rule.beta, rule.epsilon, rule.form)
+    loss = rule.weight * loss
+    if settings.encoder.kind == "probabilistic":
+        loss = loss + settings.encoder.kl_weight * kl.sum() / settings.context_draws
+        metrics["encoder/kl"] = kl.detach().mean()
+    return loss, metrics
 
 
 @torch.no_grad()
@@ -190,38 +220,49 @@ def critic_targets(
     target_critic: TwinCritic,
     discriminator: StateActionNet | None,
     batch: Batch,
+    states: Tensor,
     next_states: Tensor,
     settings: TrainSettings,
     alpha: Tensor,
     entropy_weight: Tensor,
     generator: torch.Generator,
-) -> Tensor:
-    """Return the regression targets of the action values, (K, B), for augmented `next_states` (K, B, dim + L).
+) -> tuple[Tensor, Metrics]:
+    """Return the regression targets of the action values, (K, B), for augmented states and next states (K, B, dim + L).
 
         y = c r + discount (1 - terminated) [min Q'(s', a') - w log pi(a' | s') - alpha D(s') m],   a' ~ pi(. | s')
 
     with c the reward scale, w the entropy weight, and, with the value penalty only, D the divergence at the NEXT state
-    between a' and the action logged there (the paper's eq. 7 and 27, as in BRAC; the released code reuses the one at s:
-    D3). m is 0 where the episode ends, because no action is logged there. A time limit is no termination: its state's
-    value is bootstrapped (D6).
+    between a' and the action logged there (the paper's eq. 7 and 27, as in BRAC). m is 0 where the episode ends,
+    because no action is logged there. `released.penalty_at_state` (D3) takes D at s instead, without m. A time limit is
+    no termination: its state's value is bootstrapped (`released.limits_terminate`, D6, acts in replay.py).
     """
     actions, log_prob = policy.sample(next_states, generator)
     values = target_critic(next_states, actions).amin(dim=0) - entropy_weight * log_prob
     rule = settings.regularisation
     if rule.kind == "value-penalty":
         assert discriminator is not None
-        divergence = policy_divergence(discriminator, rule.divergence, next_states, actions, batch.next_actions)
-        values = values - alpha * divergence * batch.next_action_valid
-    return settings.reward_scale * batch.rewards + settings.discount * values * ~batch.terminated
+        if settings.released.penalty_at_state:
+            actions, _ = policy.sample(states, generator)
+            penalty = policy_divergence(discriminator, rule.divergence, states, actions, batch.actions)
+        else:
+            penalty = policy_divergence(discriminator, rule.divergence, next_states, actions, batch.next_actions)
+            penalty = penalty * batch.next_action_valid
+        values = values - alpha * penalty
+    spread, mean = torch.std_mean(values, correction=0)
+    targets = settings.reward_scale * batch.rewards + settings.discount * values * ~batch.terminated
+    return targets, {"critic/next_value": mean, "critic/next_value_std": spread}
 
 
 def critic_loss(critic: TwinCritic, states: Tensor, actions: Tensor, targets: Tensor) -> tuple[Tensor, Metrics]:
     """Squared error of both action values (eq. 8, 27): mean over `states` (K, B, dim + L), summed over the twins."""
     values = critic(states, actions)  # (2, K, B)
     loss = (values - targets).square().mean(dim=(1, 2)).sum()
+    spread, mean = torch.std_mean(values.detach(), correction=0)
     return loss, {
         "critic/loss": loss.detach(),
-        "critic/value": values.detach().mean(),
+        "critic/value": mean,
+        "critic/value_std": spread,
+        "critic/value_largest": values.detach().abs().amax(),
         "critic/target": targets.mean(),
     }
 
@@ -239,8 +280,9 @@ def actor_loss(
 ) -> tuple[Tensor, Metrics]:
     """Mean over `states` (K, B, dim + L) of  w log pi(a | s) - min Q(s, a) + alpha D(s),  a ~ pi(. | s)  (eq. 9, 28).
 
-    D, between a and the logged action, is there for both kinds of regularisation. The maximum-entropy term is the
-    paper's appendix F; the penalty on mean^2 + log_std^2 is the released code's (reference-facts 3.2).
+    D, between a and the logged action, is there for both kinds of regularisation; with `released.no_actor_divergence`
+    (D4) it gives no gradient. The maximum-entropy term is the paper's appendix F; the penalty on mean^2 + log_std^2 is
+    the released code's (reference-facts 3.2).
     """
     mean, log_std = policy(states)
     actions, log_prob = sample_tanh_gaussian(mean, log_std, generator)
@@ -252,7 +294,7 @@ def actor_loss(
     if discriminator is not None:
         rule = settings.regularisation
         divergence = policy_divergence(discriminator, rule.divergence, states, actions, logged_actions).mean()
-        loss = loss + alpha * divergence
+        loss = loss + alpha * (divergence.detach() if settings.released.no_actor_divergence else divergence)
         metrics |= {"regularisation/divergence": divergence.detach(), "regularisation/alpha": alpha.clone()}
     return loss, {"actor/loss": loss.detach(), **metrics}
 

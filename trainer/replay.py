@@ -63,15 +63,11 @@ class Batch:
 class MetaBatch:
     """What one gradient step consumes."""
 
-    tasks: Tensor  # (K,) positions of the tasks, all different
-    contexts: Tensor  # (draws, K, N, context_dim); two draws where the encoder trains, else one
+    tasks: Tensor  # (K,) positions of the tasks, all different unless drawn with replacement
+    contexts: Tensor  # (draws, K, N, context_dim); control sees the first draw
     transitions: Batch | None  # None in encoder-only steps
     discriminator: tuple[Batch, ...] = ()  # fresh batches of the same tasks for further discriminator steps
-
-    @property
-    def trains_encoder(self) -> bool:
-        """Whether the encoder is to learn from it: it needs two contexts per task."""
-        return len(self.contexts) == 2
+    trains_encoder: bool = True  # whether the encoder is to learn from it
 
 
 class TaskReplay:
@@ -113,8 +109,10 @@ class TaskReplay:
         """Number of tasks."""
         return len(self.counts)
 
-    def sample_tasks(self, size: int, generator: torch.Generator) -> Tensor:
-        """Draw min(`size`, all) different tasks, (K,)."""
+    def sample_tasks(self, size: int, generator: torch.Generator, replacement: bool = False) -> Tensor:
+        """Draw min(`size`, all) different tasks, (K,), or `size` with replacement."""
+        if replacement:
+            return torch.randint(len(self), (size,), generator=generator, device=self.device)
         return torch.randperm(len(self), generator=generator, device=self.device)[:size]
 
     def sample_batch(self, tasks: Tensor, size: int, generator: torch.Generator) -> Batch:
@@ -159,20 +157,20 @@ def sample_meta_batch(
 ) -> MetaBatch:
     """Draw what one step needs that trains the `encoder`, the `control` networks, or both.
 
-    Two contexts per task where the encoder trains, so that every task has a positive pair (with one, as in the released
-    code, only a task drawn twice has).
+    Two contexts per task where the encoder trains, so that every task has a positive pair; with `context_draws=1`, as
+    in the released code, only a task drawn twice has one.
     """
-    tasks = replay.sample_tasks(settings.meta_batch, generator)
-    draws = 2 if encoder else 1
+    tasks = replay.sample_tasks(settings.meta_batch, generator, settings.task_replacement)
+    draws = settings.context_draws if encoder else 1
     contexts = replay.sample_context(tasks.repeat(draws), settings.context_size, generator)
     contexts = contexts.unflatten(0, (draws, len(tasks)))
     if not control:
-        return MetaBatch(tasks, contexts, None)
+        return MetaBatch(tasks, contexts, None, trains_encoder=encoder)
     transitions = replay.sample_batch(tasks, settings.batch_size, generator)
     regularised = settings.regularisation.kind != "none"
     further = settings.regularisation.discriminator_steps - 1 if regularised else 0
     fresh = tuple(replay.sample_batch(tasks, settings.batch_size, generator) for _ in range(further))
-    return MetaBatch(tasks, contexts, transitions, fresh)
+    return MetaBatch(tasks, contexts, transitions, fresh, encoder)
 
 
 def training_transform(data: TrainingData, settings: TrainSettings) -> ObservationTransform:

@@ -17,14 +17,26 @@ SCALES: tuple[Scale, ...] = ("smoke", "laptop", "paper")
 
 
 @dataclass(frozen=True)
+class EncoderSettings:
+    """What infers a task embedding from a context (encoder.py)."""
+
+    kind: Literal["deterministic", "probabilistic"] = "deterministic"  # a point, or a Gaussian posterior with a KL term
+    kl_weight: float = 0.1  # of the KL of posteriors from the prior, summed over tasks and dimensions (probabilistic)
+    prior_std: float = 1.0  # standard deviation of the prior, whose mean is 0 (the released code: 0.05)
+
+    def __post_init__(self) -> None:
+        _require(self, "encoder.", above_zero=("prior_std",), not_negative=("kl_weight",))
+
+
+@dataclass(frozen=True)
 class DistanceSettings:
-    """The encoder's loss (distance.py)."""
+    """The distance metric loss (distance.py)."""
 
     power: int = -2  # of the distance in the term of different tasks: -2, -1, 1 or 2
-    beta: float = 1.0  # weight of that term; the paper's for powers -2, -1, 1, 2 are 1, 2, 8, 16
-    epsilon: float = 0.1  # keeps the negative powers finite at distance 0
+    beta: float | None = None  # weight of that term; none: the paper's for the power, 1, 2, 8, 16 for -2, -1, 1, 2
+    epsilon: float = 0.1  # keeps the negative powers finite at distance 0; the paper's for every power
     form: Literal["paper", "released"] = "paper"  # eq. 13, or the released code's form (power -2 only)
-    weight: float = 10.0  # of the whole loss; matters only beside other losses of the encoder, Adam being scale-free
+    weight: float = 10.0  # of the whole loss beside the encoder's other losses (alone, Adam is scale-free); 0: without
 
     def __post_init__(self) -> None:
         if self.power not in (-2, -1, 1, 2):
@@ -72,16 +84,34 @@ class EntropySettings:
 
 
 @dataclass(frozen=True)
+class ReleasedSettings:
+    """What the released code does otherwise than the paper (reference-facts section 7); distance.form has one more."""
+
+    discard_bellman: bool = False  # D1: coupled gradients never reach the encoder, its optimiser having stepped before
+    penalise_output: bool = False  # D2: the discriminator's gradient penalty is on its output, not on its gradient
+    penalty_at_state: bool = False  # D3: the value penalty is the divergence at s, with the action logged there, not s'
+    no_actor_divergence: bool = False  # D4: the divergence gives the actor no gradient (FOCAL-latest, UNICORN)
+    limits_terminate: bool = False  # D6: the last step of every episode is a termination, time limits too
+    raw_reset: bool = False  # D7: when acting, the observation of a reset is not divided by observation_scale
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """Everything that decides a meta-training run, apart from data and seed."""
 
     algo: Literal["focal"] = "focal"  # method
-    schedule: Literal["joint", "encoder-first"] = "joint"  # train both at once (the paper), or freeze a trained encoder
+    schedule: Literal["joint", "encoder-first"] = "joint"  # train both at once (the paper), or first the encoder alone
     steps: int = 100_000  # gradient steps of the control networks
     encoder_steps: int = 0  # encoder-only gradient steps before those (encoder-first; joint ignores it)
+    encoder_after: Literal["frozen", "decaying"] = "frozen"  # its learning rate after those: 0, or halving
+    encoder_half_life: int = 1000  # control steps in which a decaying rate halves; below 1/1000 it is 0
+    gradients: Literal["decoupled", "coupled"] = "decoupled"  # coupled: the Bellman error trains the encoder too
     latent_dim: int = 20  # length of a task embedding
-    meta_batch: int = 16  # tasks per step, without replacement; at most the training tasks there are
-    context_size: int = 256  # transitions per context; two contexts per task and step train the encoder
+    meta_batch: int = 16  # tasks per step; without replacement at most the training tasks there are
+    task_replacement: bool = False  # draw those tasks with replacement, as the released code does
+    context_size: int = 256  # transitions per context
+    context_draws: int = 2  # contexts per task where the encoder trains: 2 make a positive pair of each task, 1 (the
+    # released code) only of a task drawn twice
     batch_size: int = 256  # transitions per task and step for the control networks
     next_observation_in_context: bool = False  # whether context rows hold the next observation
     context_reward: Literal["dense", "sparse"] = "dense"  # reward in the context; control always learns from the dense
@@ -98,18 +128,26 @@ class TrainSettings:
     log_std_max: float = 0.0  # upper bound of the policy's log standard deviation
     observation_scale: Literal["absmax", "none"] = "absmax"  # divide each observation column by its largest value
     hide_x: bool = False  # drop the absolute x from observations (half-cheetah: it gives the direction away)
+    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products; weights, losses and optimisers are always fp32
+    value_limit: float | None = (
+        None  # largest action value before a run stops as diverged; none: 100 x what is possible
+    )
     log_every: int = 100  # steps between rows of metrics.jsonl
     checkpoint_every: int = 2000  # steps between checkpoints
     eval_every: int = 5000  # steps between evaluations, once the control networks train
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
     distance: DistanceSettings = field(default_factory=DistanceSettings)
     regularisation: RegularisationSettings = field(default_factory=RegularisationSettings)
     entropy: EntropySettings = field(default_factory=EntropySettings)
+    released: ReleasedSettings = field(default_factory=ReleasedSettings)
 
     def __post_init__(self) -> None:
-        counts = ("steps", "latent_dim", "meta_batch", "context_size", "batch_size")
-        intervals = ("log_every", "checkpoint_every", "eval_every")
+        counts = ("steps", "latent_dim", "meta_batch", "context_size", "batch_size", "encoder_half_life")
+        intervals = ("log_every", "checkpoint_every", "eval_every", "value_limit")
         rates = ("encoder_learning_rate", "critic_learning_rate", "actor_learning_rate", "tau", "reward_scale")
         _require(self, "", above_zero=counts + intervals + rates, not_negative=("encoder_steps", "policy_penalty"))
+        if self.context_draws not in (1, 2):
+            raise UsageError(f"context_draws={self.context_draws}, expected 1 or 2")
         for name in ("discount", "tau"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise UsageError(f"{name}={getattr(self, name)}, expected a number from 0 to 1")
@@ -128,6 +166,18 @@ class TrainSettings:
         """All gradient steps of the run."""
         return self.encoder_only_steps + self.steps
 
+    def encoder_rate(self, step: int) -> float:
+        """Factor of the encoder's learning rate after `step` gradient steps; at 0 it does not train."""
+        control_steps = step - self.encoder_only_steps
+        if self.schedule == "joint" or control_steps < 0:
+            return 1.0
+        rate = 0.5 ** (control_steps / self.encoder_half_life) if self.encoder_after == "decaying" else 0.0
+        return rate if rate >= 1e-3 else 0.0
+
+    def trains_control(self, step: int) -> bool:
+        """Whether the control networks train after `step` gradient steps."""
+        return step >= self.encoder_only_steps
+
     def check(self) -> None:
         """Raise `UsageError` for settings that are each fine and wrong together (`--set` changes one at a time)."""
         if self.distance.form == "released" and self.distance.power != -2:
@@ -141,9 +191,34 @@ class TrainSettings:
             raise UsageError(f"log_std_min={self.log_std_min} is above log_std_max={self.log_std_max}")
         if self.regularisation.alpha_min > self.regularisation.alpha_max:
             raise UsageError("regularisation.alpha_min is above regularisation.alpha_max")
+        self._check_encoder()
+        self._check_released()
+
+    def _check_encoder(self) -> None:
+        coupled = self.gradients == "coupled"
+        if coupled and self.schedule == "encoder-first" and self.encoder_after == "frozen":
+            raise UsageError("gradients=coupled has no effect on a frozen encoder; --set encoder_after=decaying")
+        learns = self.distance.weight > 0 or (self.encoder.kind == "probabilistic" and self.encoder.kl_weight > 0)
+        if not learns and (not coupled or self.schedule == "encoder-first"):
+            raise UsageError("distance.weight=0 leaves the encoder without a loss; --set gradients=coupled "
+                             "--set schedule=joint, or --set encoder.kind=probabilistic")  # fmt: skip
+
+    def _check_released(self) -> None:
+        """An ablation that changes nothing would be read as a result."""
+        kind, found = self.regularisation.kind, self.released
+        needs = {
+            "discard_bellman": (self.gradients == "coupled", "gradients=coupled"),
+            "penalise_output": (kind != "none", "regularisation.kind=policy"),
+            "penalty_at_state": (kind == "value-penalty", "regularisation.kind=value-penalty"),
+            "no_actor_divergence": (kind != "none", "regularisation.kind=value-penalty"),
+            "raw_reset": (self.observation_scale != "none", "observation_scale=absmax"),
+        }
+        for name, (met, remedy) in needs.items():
+            if getattr(found, name) and not met:
+                raise UsageError(f"released.{name}=true has no effect here; --set {remedy}")
 
 
-_POINT: dict[str, Any] = {"discount": 0.9, "reward_scale": 100.0, "latent_dim": 5}
+_POINT: dict[str, Any] = {"discount": 0.9, "reward_scale": 100.0, "latent_dim": 5, "encoder.kl_weight": 1.0}
 _BRAC_POLICY: dict[str, Any] = {"regularisation.kind": "policy", "regularisation.adaptive": True}
 _BRAC_VALUE: dict[str, Any] = {"regularisation.kind": "value-penalty", "regularisation.adaptive": True}
 
@@ -242,7 +317,7 @@ def _require(settings: Any, prefix: str, above_zero: tuple[str, ...] = (), not_n
     """Raise `UsageError` for the first field out of range; NaN is out of every range."""
     for name in above_zero + not_negative:
         value = getattr(settings, name)
-        fits = value > 0 if name in above_zero else value >= 0
-        if not (fits and value < float("inf")):
+        fits = value is None or ((value > 0 if name in above_zero else value >= 0) and value < float("inf"))
+        if not fits:
             words = "above 0" if name in above_zero else "of 0 or more"
             raise UsageError(f"{prefix}{name}={value}, expected a number {words}")
