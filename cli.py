@@ -494,6 +494,7 @@ def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds.")
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--name", help="Run folder's name. [default: family, quality, algorithm and time]")
 @click.option("--resume", is_flag=True, help="Continue the run NAME (started if it is not there), or the newest run.")
 @click.option(
@@ -507,7 +508,8 @@ def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
 @set_option
 def train(
     env_name: str | None, collection: Path | str | None, quality: str, algo: str, scale: str | None, seed: int,
-    seeds: int, workers: int | None, name: str | None, resume: bool, cache: Path | None, stores: Path, runs: Path,
+    seeds: int, workers: int | None, device: str, name: str | None, resume: bool, cache: Path | None, stores: Path,
+    runs: Path,
     assignments: Sequence[str],
 ) -> None:  # fmt: skip
     """Meta-train on a collection's training tasks."""
@@ -517,7 +519,7 @@ def train(
     request = TrainRequest(
         collection=choose_collection(stores, env_name, collection), quality=quality, scale=scale,
         seeds=tuple(range(seed, seed + seeds)), assignments=tuple(assignments), runs=runs, name=name, resume=resume,
-        workers=workers or 0, cache=cache,
+        workers=workers or 0, device=device, cache=cache,
     )  # fmt: skip
     with TrainBars() as bars:
         run = train_run(request, bars)

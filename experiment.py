@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .datasets import Collection, find_collections, is_committed, open_collection
 from .datasets.sources import Folder
 from .envs import get_family
@@ -33,7 +35,7 @@ from .trainer.agent import Agent
 from .trainer.checkpoint import list_checkpoints
 from .trainer.loop import train
 from .trainer.replay import TrainingData
-from .trainer.runs import Run, RunSource, load_agent, load_untrained_agent, read_run, seed_folder
+from .trainer.runs import Run, RunSource, describe_run, load_agent, load_untrained_agent, read_run, seed_folder
 from .trainer.settings import TrainSettings, train_settings
 from .workers import available_cores, run_jobs
 
@@ -53,6 +55,7 @@ class TrainRequest:
     name: str | None = None
     resume: bool = False
     workers: int = 0  # 0: as many as there are cores
+    device: str = "auto"  # auto (cuda where there is one), cpu or cuda
     cache: Path | None = None  # folder for memory-mapped copies of the chosen episodes
 
 
@@ -67,6 +70,7 @@ class SeedJob:
     seed: int
     source: RunSource
     resume: bool
+    device: str
     cache: Path | None
 
 
@@ -153,22 +157,25 @@ def newest_run(runs: Path) -> Path:
 def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> Path:
     """Train all seeds of a run side by side and return its folder.
 
-    Raises `FocalError` for missing data, a folder of another run, or the first seed that failed; what the others
-    did is kept, and --resume continues.
+    Raises `UsageError` for a device that is not there, `FocalError` for missing data, a folder of another run, or the
+    first seed that failed; what the others did is kept, and --resume continues.
     """
     progress = progress or TrainProgress()
     collection = open_collection(request.collection)
     run_dir = _run_folder(request, collection)
     settings, seeds = _settings_and_seeds(request, collection, run_dir)
-    settings.check()
+    device = choose_device(request.device)
     cache = request.cache
     if cache is None and not isinstance(collection.source, Folder):
         cache = run_dir.parent / ".cache"  # far away: fetched once for all seeds and runs
-    training_data(collection, request.quality, cache)  # fails here, before any process starts
     where = request.collection.resolve() if isinstance(request.collection, Path) else request.collection
     source = RunSource(collection.name, str(where), request.quality, seeds, provenance())
+    data = training_data(collection, request.quality, cache)
+    describe_run(data, settings, source)  # what cannot be trained on fails here, before any process starts
     jobs = {
-        seed: SeedJob(run_dir, request.collection, request.quality, settings, seed, source, request.resume, cache)
+        seed: SeedJob(
+            run_dir, request.collection, request.quality, settings, seed, source, request.resume, device, cache
+        )
         for seed in seeds
     }
     progress.begin(run_dir, seeds, settings.total_steps)
@@ -182,6 +189,13 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
             raise error
         raise FocalError(f"seed {seed} failed: {type(error).__name__}: {error}; steps are kept, {again}") from error
     return run_dir
+
+
+def choose_device(name: str) -> str:
+    """Return "cpu" or "cuda"; "auto" is cuda where there is one. Raises `UsageError` when cuda is asked for in vain."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda, but torch finds no CUDA device here; --device cpu")
+    return "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
 
 
 def resume_command(run_dir: Path, source: RunSource) -> str:
@@ -207,7 +221,9 @@ def train_seed(job: SeedJob, report: Any) -> None:
             last[0] = now
             report(job.seed, step, dict(metrics))
 
-    train(job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source)
+    train(
+        job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source, job.device
+    )
 
 
 def _test_tasks_or_none(collection: Collection, quality: str) -> TestTasks | None:

@@ -4,6 +4,7 @@ Every number is reported beside controls that must be worse (or better, for the 
 look like success.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from ..datasets import Collection, TaskEntry, Transitions
 from ..envs import BatchedEnvs, Rollouts, TaskFamily, get_family, make_batch, rollout
 from ..errors import FocalError
 from ..trainer.agent import Agent
+from ..trainer.diagnostics import embedding_metrics
 from ..trainer.networks import TanhGaussianPolicy
 from ..trainer.policies import load_policy
 from ..trainer.replay import TaskReplay
@@ -183,7 +185,7 @@ def meta_test(
 
 
 def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int, seed: int) -> dict[str, float]:
-    """Test with right and wrong context only; what training logs while it runs."""
+    """Test with right and wrong context only, and measure the spread of the embeddings; what training logs."""
     count = len(tasks.entries)
     parameters = [entry.record.params for entry in tasks.entries for _ in range(episodes)]
     envs = make_batch(tasks.family, parameters, threads=1)  # the other cores train the other seeds
@@ -195,6 +197,9 @@ def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int,
     metrics = {}
     for name, source in sources.items():
         embeddings = embed_contexts(agent, tasks.contexts, source, context_size, seed)
+        if name == "return":
+            spread = embedding_metrics(torch.from_numpy(embeddings[::episodes]))  # one context per task
+            metrics |= {f"test/{measure}": value for measure, value in spread.items()}
         returns = _returns(play_agent(envs, agent, embeddings, seeds), count, episodes)
         metrics[f"test/{name}"] = float(returns.reported.mean())
     envs.close()
@@ -214,7 +219,12 @@ def embed_contexts(
 
 def play_agent(envs: BatchedEnvs, agent: Agent, embeddings: np.ndarray, seeds: Sequence[int]) -> Rollouts:
     """Roll the deterministic policy out, one embedding (M, L) per episode."""
-    return rollout(envs, lambda observations: agent.act(observations[:, None], embeddings)[:, 0], seeds)
+    calls = itertools.count()
+
+    def act(observations: np.ndarray) -> np.ndarray:
+        return agent.act(observations[:, None], embeddings, at_reset=next(calls) == 0)[:, 0]
+
+    return rollout(envs, act, seeds)
 
 
 def play_experts(envs: BatchedEnvs, tasks: TestTasks, episodes: int, seeds: Sequence[int]) -> Rollouts:

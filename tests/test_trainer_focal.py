@@ -70,17 +70,19 @@ def three_steps() -> Batch:
 def targets_of(settings: TrainSettings, alpha: float = 0.0, entropy_weight: float = 0.0) -> list[float]:
     discriminator = StateActionNet(1, 1, ())
     linear(discriminator, [0, 1], 0.0)  # c(s, a) = a
-    return critic_targets(
+    targets, _ = critic_targets(
         certain_policy(0.5493061),  # acts tanh(0.5493061) = 0.5
         constant_critic(10.0, 7.0),
         discriminator if settings.regularisation.kind != "none" else None,
         three_steps(),
         torch.zeros(1, 3, 1),
+        torch.zeros(1, 3, 1),
         settings,
         torch.tensor(alpha),
         torch.tensor(entropy_weight),
         generator(),
-    )[0].tolist()
+    )
+    return targets[0].tolist()
 
 
 def test_targets_bootstrap_through_truncation_and_stop_at_termination():

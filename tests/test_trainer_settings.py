@@ -34,7 +34,8 @@ def test_paper_values_of_the_tables():
     assert (velocity.latent_dim, direction.latent_dim, ant.latent_dim) == (20, 5, 20)
     assert velocity.control_hidden == (300, 300, 300)
     assert velocity.encoder_hidden == (200, 200, 200)
-    assert (velocity.distance.power, velocity.distance.beta, velocity.distance.epsilon) == (-2, 1.0, 0.1)
+    assert (velocity.distance.power, velocity.distance.beta, velocity.distance.epsilon) == (-2, None, 0.1)
+    assert [s.encoder.kl_weight for s in (point, wind, velocity, walker)] == [1.0, 1.0, 0.1, 0.1]
 
 
 def test_laptop_point_robots_train_the_encoder_first():

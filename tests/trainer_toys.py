@@ -95,6 +95,54 @@ def resume_settings() -> TrainSettings:
     )
 
 
+_ENCODER_FIRST = {"schedule": "encoder-first", "encoder_steps": 5}
+_VALUE_PENALTY = {"regularisation.kind": "value-penalty", "regularisation.discriminator_steps": 2}
+_POLICY = {"regularisation.kind": "policy", "regularisation.discriminator_steps": 1}
+# Every design choice of the paper and every departure of the released code, as differences from TINY.
+VARIANTS: dict[str, dict[str, object]] = {
+    "base": {},
+    "power -1": {"distance.power": -1},
+    "power 1": {"distance.power": 1},
+    "power 2": {"distance.power": 2},
+    "released distance": {"distance.form": "released"},
+    "one draw, tasks with replacement": {"context_draws": 1, "task_replacement": True},
+    "probabilistic": {"encoder.kind": "probabilistic"},
+    "probabilistic without metric": {"encoder.kind": "probabilistic", "distance.weight": 0},
+    "coupled": {"gradients": "coupled"},
+    "coupled, value penalty": {"gradients": "coupled", **_VALUE_PENALTY},
+    "coupled, policy": {"gradients": "coupled", **_POLICY},
+    "coupled, probabilistic, no metric (Batch PEARL)": {
+        "gradients": "coupled", "encoder.kind": "probabilistic", "distance.weight": 0,
+    },
+    "value penalty": _VALUE_PENALTY,
+    "policy": _POLICY,
+    "wasserstein": {**_VALUE_PENALTY, "regularisation.divergence": "wasserstein"},
+    "adaptive alpha": {**_POLICY, "regularisation.adaptive": True},
+    "no entropy": {"entropy.enabled": False},
+    "learnt entropy weight": {"entropy.learnt": True},
+    "next observation in context": {"next_observation_in_context": True},
+    "sparse reward in context": {"context_reward": "sparse"},
+    "encoder first, frozen": _ENCODER_FIRST,
+    "encoder first, decaying": {**_ENCODER_FIRST, "encoder_after": "decaying", "encoder_half_life": 2},
+    "bf16": {"precision": "bf16", **_VALUE_PENALTY},
+    "unscaled": {"observation_scale": "none"},
+    "x hidden": {"hide_x": True},
+    "D1": {"gradients": "coupled", "released.discard_bellman": True},
+    "D2": {**_POLICY, "released.penalise_output": True},
+    "D3": {**_VALUE_PENALTY, "released.penalty_at_state": True},
+    "D4": {**_VALUE_PENALTY, "released.no_actor_divergence": True},
+    "D6": {"released.limits_terminate": True},
+    "D7": {"released.raw_reset": True},
+}  # fmt: skip
+
+
+def variant(name: str) -> TrainSettings:
+    """TINY with the differences of `VARIANTS[name]`, checked."""
+    settings = override(TINY, VARIANTS[name])
+    settings.check()
+    return settings
+
+
 def evaluate_toy(agent: Agent, step: int) -> dict[str, float]:
     """A number that depends on every weight of the policy."""
     return {"test/action": float(agent.act(np.full((1, 3, 2), 0.1), np.full((1, 3), 0.2)).sum())}

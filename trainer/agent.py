@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import FocalError
 from .encoder import DeterministicEncoder, ProbabilisticEncoder, context_width
 from .networks import TanhGaussianPolicy
 from .settings import TrainSettings
@@ -43,8 +44,15 @@ class Agent:
         """Map contexts (K, N, context_dim) to task embeddings (K, L).
 
         Contexts come from `TaskReplay.sample_context` or `context_at`, built with this agent's `transform` and
-        `settings`, so that training and meta-testing cannot differ.
+        `settings`, so that training and meta-testing cannot differ. Raises `FocalError` for rows of another width.
         """
+        width = self.encoder.network.body[0].in_features
+        if context.shape[-1] != width:
+            parts = "observation, action, reward" + ", next observation" * self.settings.next_observation_in_context
+            raise FocalError(
+                f"context rows have {context.shape[-1]} columns, this run's encoder takes {width} ({parts}); use data "
+                "of the family it was trained on"
+            )
         return _like(self.encoder(self._tensor(context)), context)
 
     @torch.no_grad()
@@ -54,13 +62,17 @@ class Agent:
         embeddings: Array,
         deterministic: bool = True,
         generator: torch.Generator | None = None,
+        at_reset: bool = False,
     ) -> Array:
         """Map RAW observations (K, M, obs_dim) and embeddings (K, L) to actions (K, M, act_dim) in [-1, 1].
 
         `deterministic` gives the mode; else actions are sampled with `generator`, which is then required (on the
-        agent's device), because nothing here draws from global random state.
+        agent's device), because nothing here draws from global random state. `at_reset` says that these are the first
+        observations of episodes, which matters to `released.raw_reset` (D7) only.
         """
-        states = augment(self.transform(self._tensor(observations)), self._tensor(embeddings))
+        raw = at_reset and self.settings.released.raw_reset
+        seen = (self.transform.select if raw else self.transform)(self._tensor(observations))
+        states = augment(seen, self._tensor(embeddings))
         if deterministic:
             return _like(self.policy.mode(states), observations)
         if generator is None:

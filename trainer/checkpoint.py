@@ -75,7 +75,7 @@ def load_checkpoint(path: Path, focal: Focal, generators: Mapping[str, torch.Gen
     if description["device"] != device.type:
         raise FocalError(
             f"{path} was saved on {description['device']}, this is {device.type}, and random states do not carry over; "
-            f"give the same command on a machine with {description['device']}"
+            f"continue where there is one, with --device {description['device']}"
         )
     for name, network in focal.networks.items():
         load_exactly(network, _take(tensors, f"network/{name}/"), f"{where} {name}", remedy)

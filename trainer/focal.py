@@ -79,9 +79,10 @@ class Focal:
         embeddings: Tensor,
         deterministic: bool = True,
         generator: torch.Generator | None = None,
+        at_reset: bool = False,
     ) -> Tensor:
-        """Map raw observations (K, M, obs_dim) and embeddings (K, L) to actions (K, M, act_dim)."""
-        return self.agent.act(observations, embeddings, deterministic, generator)
+        """Map raw observations (K, M, obs_dim) and embeddings (K, L) to actions (K, M, act_dim); see `Agent.act`."""
+        return self.agent.act(observations, embeddings, deterministic, generator, at_reset)
 
     def update(self, batch: MetaBatch, generator: torch.Generator, encoder_rate: float = 1.0) -> Metrics:
         """Take one gradient step with each optimiser that `batch` has data for. Returns metrics, tensors ().

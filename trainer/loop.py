@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import FocalError, UsageError
 from .agent import Agent
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from .diagnostics import embedding_metrics
+from .diagnostics import embedding_metrics, value_bound, value_drift
 from .focal import Focal
 from .journal import Journal
 from .replay import TaskReplay, TrainingData, sample_meta_batch
@@ -79,6 +79,8 @@ class _SeedTrainer:
         self.generators = {"training": training_generator(seed, device)}
         self.focal = Focal(run.settings, run.transform, run.act_dim, initial_generator(seed), device)
         self.replay = TaskReplay(data.tasks, run.transform, run.settings, device)
+        self.task_indices = data.task_indices
+        self.bound = value_bound(run.settings, self.replay.rewards.abs().max().item())
 
     def run_from(self, step: int, evaluate: Evaluate | None, progress: Progress | None) -> None:
         """Take the remaining steps; log, evaluate and checkpoint on the way."""
@@ -89,28 +91,32 @@ class _SeedTrainer:
         journal = Journal(self.folder, step)
         try:
             while step < total:
-                encoder_only = step < settings.encoder_only_steps
-                joint = settings.schedule == "joint"
-                batch = sample_meta_batch(self.replay, settings, generator, encoder_only or joint, not encoder_only)
-                metrics = self.focal.update(batch, generator)
+                rate, control = settings.encoder_rate(step), settings.trains_control(step)
+                batch = sample_meta_batch(self.replay, settings, generator, rate > 0, control)
+                metrics = self.focal.update(batch, generator, rate)
                 step += 1
                 last = step == total
-                logs, saves = (last or step % every == 0 for every in (settings.log_every, settings.checkpoint_every))
-                shown: dict[str, float] = {}
+                logs, saves, evaluates = (
+                    last or step % every == 0
+                    for every in (settings.log_every, settings.checkpoint_every, settings.eval_every)
+                )
+                numbers: dict[str, float] = {}
                 if logs or saves or self.replay.device.type == "cpu":  # elsewhere each look waits for the device
-                    numbers = _floats(metrics) | (self._embedding_metrics(step) if logs else {})
-                    self._refuse_nan(numbers, step)
-                    shown = numbers if logs else shown
+                    numbers = _floats(metrics)
+                    self._refuse_divergence(numbers, step)
                 if logs:
-                    phase = "encoder" if encoder_only else "joint" if joint else "control"
-                    journal.write("metrics", step, shown, phase)
-                if evaluate and not encoder_only and (last or step % settings.eval_every == 0):
+                    numbers |= value_drift(numbers, step, journal.last) | embedding_metrics(self._embed_tasks(step))
+                    phase = "joint" if rate > 0 and control else "control" if control else "encoder"
+                    journal.write("metrics", step, numbers, phase)
+                if evaluates:
+                    journal.write_embeddings(step, self.task_indices, self._embed_tasks(step))
+                if evaluates and evaluate and control:
                     results = evaluate(self.focal.agent, step)
                     journal.write("evaluation", step, results)
                 if saves:
                     self._save(journal, step)
                 if progress:
-                    progress(step, total, shown)
+                    progress(step, total, numbers if logs else {})
         finally:
             journal.close()
 
@@ -119,26 +125,33 @@ class _SeedTrainer:
             f"{name} weights": torch.stack([tensor.detach().sum() for tensor in network.parameters()]).sum()
             for name, network in self.focal.networks.items()
         }
-        self._refuse_nan(_floats(sums | self.focal.scalars), step)
+        self._refuse_divergence(_floats(sums | self.focal.scalars), step)
         journal.sync()
         save_checkpoint(self.folder / "checkpoints", step, self.focal, self.generators)
 
-    def _embedding_metrics(self, step: int) -> dict[str, float]:
-        """Spread of the embeddings of all training tasks, one fresh context each."""
+    def _embed_tasks(self, step: int) -> Tensor:
+        """Return embeddings (K, L) of all training tasks, one fresh context each."""
         generator = diagnostics_generator(self.seed, step, self.replay.device)
         tasks = torch.arange(len(self.replay), device=self.replay.device)
-        context = self.replay.sample_context(tasks, self.settings.context_size, generator)
-        return embedding_metrics(self.focal.embed(context))
+        return self.focal.embed(self.replay.sample_context(tasks, self.settings.context_size, generator))
 
-    def _refuse_nan(self, numbers: Mapping[str, float], step: int) -> None:
+    def _refuse_divergence(self, numbers: Mapping[str, float], step: int) -> None:
+        """Raise `FocalError` for a number that is not finite, or an action value beyond the bound."""
         for name, value in numbers.items():
             if not math.isfinite(value):
-                kept = list_checkpoints(self.folder / "checkpoints")
-                where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
-                raise FocalError(
-                    f"seed {self.seed}: {name} became {value} at step {step}; {where}; train under "
-                    "another --name with smaller steps, for example --set critic_learning_rate=1e-4 --set tau=0.002"
+                found = f"{name} became {value} at step {step}"
+                remedy = "with smaller steps, for example --set critic_learning_rate=1e-4 --set tau=0.002"
+            elif name == "critic/value_largest" and value > self.bound:
+                found = f"values diverge: {name} is {value:.3g} at step {step}, above the bound {self.bound:.3g}"
+                remedy = (
+                    "with regularisation (--set regularisation.kind=value-penalty), smaller steps, or another bound "
                 )
+                remedy += "(--set value_limit=NUMBER)"
+            else:
+                continue
+            kept = list_checkpoints(self.folder / "checkpoints")
+            where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
+            raise FocalError(f"seed {self.seed}: {found}; {where}; train under another --name {remedy}")
 
 
 def _floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:

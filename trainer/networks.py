@@ -1,7 +1,8 @@
 """Networks shared by both stages: multilayer perceptrons, the tanh-Gaussian policy, twin action values.
 
 Inputs are `(..., inputs)`; any leading axes. Every network is initialised from a generator (without one, from a fresh
-generator of fixed seed), so that torch's global random state is neither used nor moved.
+generator of fixed seed), so that torch's global random state is neither used nor moved. Outputs have the type of the
+inputs, whatever autocast makes of the products in between.
 """
 
 import math
@@ -39,7 +40,7 @@ class MLP(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., inputs) to (..., outputs)."""
-        return _by_rows(self.body, inputs)
+        return _by_rows(self.body, inputs).to(inputs.dtype)
 
 
 class TanhGaussianPolicy(nn.Module):
@@ -77,7 +78,7 @@ class TanhGaussianPolicy(nn.Module):
         """Return the mean and the log standard deviation of the Gaussian before tanh, each (..., action_dim)."""
         features = _by_rows(self.body, inputs)
         bounds = self.architecture["log_std_min"], self.architecture["log_std_max"]
-        return self.mean(features), self.log_std(features).clamp(*bounds)
+        return self.mean(features).to(inputs.dtype), self.log_std(features).to(inputs.dtype).clamp(*bounds)
 
     def sample(self, inputs: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return reparameterised actions (..., action_dim) and their log-probabilities (...,)."""
@@ -86,7 +87,7 @@ class TanhGaussianPolicy(nn.Module):
 
     def mode(self, inputs: Tensor) -> Tensor:
         """Return the deterministic actions tanh(mean), (..., action_dim)."""
-        return torch.tanh(self.mean(_by_rows(self.body, inputs)))
+        return torch.tanh(self.mean(_by_rows(self.body, inputs)).to(inputs.dtype))
 
 
 def sample_tanh_gaussian(
@@ -117,7 +118,7 @@ class StateActionNet(MLP):
 
     def forward(self, states: Tensor, actions: Tensor) -> Tensor:  # type: ignore[override]
         """Map (..., state_dim) and (..., action_dim) to (...,)."""
-        return _by_rows(self.body, torch.cat([states, actions], dim=-1)).squeeze(-1)
+        return _by_rows(self.body, torch.cat([states, actions], dim=-1)).squeeze(-1).to(states.dtype)
 
     def action_gradient(self, states: Tensor, actions: Tensor) -> Tensor:
         """Return the gradient of the scalar in the action, (..., action_dim), differentiable in the weights.
@@ -157,17 +158,19 @@ class TwinCritic(nn.Module):
 def _by_rows(layers: nn.Sequential, inputs: Tensor) -> Tensor:
     """Apply `layers`, linear ones with ReLU between them and perhaps at the end, to (..., inputs) as rows of a matrix.
 
-    A linear layer on more axes returns a view, on which an in-place ReLU costs autograd two copies per layer. The
-    result has the inputs' type, whatever autocast made of the products.
+    A linear layer on more axes returns a view, on which an in-place ReLU costs autograd two copies per layer.
     """
+    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if not linears:
+        return inputs
     maps = _affine_maps(layers)
-    rows, last = _rows(inputs, maps), len(maps) - isinstance(layers[-1], nn.Linear)
+    rows = _rows(inputs, maps)
     for number, (weight, bias) in enumerate(maps):
         rows = linear(rows, weight, bias)
-        if number < last:
-            rows = relu(rows, inplace=True)  # a linear layer keeps its input, not its output
-    width = next(layer.out_features for layer in reversed(layers) if isinstance(layer, nn.Linear))
-    return rows[:, :width].reshape(*inputs.shape[:-1], width).to(inputs.dtype)
+        if 2 * number + 1 < len(layers):  # a ReLU follows; a linear layer keeps its input, not its output
+            rows = relu(rows, inplace=True)
+    width = linears[-1].out_features
+    return rows[:, :width].reshape(*inputs.shape[:-1], width)
 
 
 def _affine_maps(layers: nn.Sequential) -> list[tuple[Tensor, Tensor]]:

@@ -74,7 +74,8 @@ class TaskReplay:
     """Uniform samples, with replacement, from the transitions of several tasks.
 
     `tasks` in any number, `transform` the run's (never refitted on test data), `settings` for what a context row
-    holds. Meta-testing builds one over its test tasks and draws contexts from it exactly as training does.
+    holds. Meta-testing builds one over its test tasks and draws contexts from it exactly as training does. Raises
+    `FocalError` for a task without transitions, or observations of another width than the transform's.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class TaskReplay:
         if not len(counts) or counts.min() == 0:
             empty = int(counts.argmin()) if len(counts) else 0
             raise FocalError(f"task number {empty} holds no transition; focal-cli data show PATH lists what there is")
+        self._smallest = int(counts.min())
         row_offsets = np.cumsum([0, *(len(task.observations) for task in tasks)])[:-1]
         rows = np.concatenate([task.rows + offset for task, offset in zip(tasks, row_offsets, strict=True)])
         self.next_observation_in_context = settings.next_observation_in_context
@@ -99,8 +101,12 @@ class TaskReplay:
         self.observations = transform(raw).to(self.device)  # (T + E, dim)
         self.actions = self._move(np.concatenate([task.actions for task in tasks]))  # (T, act_dim)
         self.rewards = self._move(np.concatenate([task.rewards for task in tasks]))  # (T,)
-        self.terminated = self._move(np.concatenate([task.terminated for task in tasks]))  # (T,) bool
-        self.next_action_valid = self._move(np.concatenate([task.next_action_valid for task in tasks]))  # (T,) bool
+        terminated = np.concatenate([task.terminated for task in tasks])
+        next_action_valid = np.concatenate([task.next_action_valid for task in tasks])
+        if settings.released.limits_terminate:  # D6
+            terminated = terminated | ~next_action_valid
+        self.terminated = self._move(terminated)  # (T,) bool
+        self.next_action_valid = self._move(next_action_valid)  # (T,) bool
         self.context_rewards = self.rewards
         if settings.context_reward == "sparse":
             self.context_rewards = self._move(np.concatenate(_sparse_rewards(tasks)))
@@ -120,7 +126,11 @@ class TaskReplay:
         return self.batch_at(self._sample_steps(tasks, size, generator))
 
     def sample_context(self, tasks: Tensor, size: int, generator: torch.Generator) -> Tensor:
-        """Draw a context of `size` transitions for each of `tasks` (K,): (K, size, context_dim)."""
+        """Draw a context of `size` transitions for each of `tasks` (K,): (K, size, context_dim).
+
+        Raises `FocalError` when a task of the store holds fewer: the rest would be repetitions.
+        """
+        refuse_larger_context(size, self._smallest)
         return self.context_at(self._sample_steps(tasks, size, generator))
 
     def batch_at(self, steps: Tensor) -> Batch:
@@ -177,6 +187,15 @@ def training_transform(data: TrainingData, settings: TrainSettings) -> Observati
     """Fit the run's observation transform on its training tasks."""
     observations = [task.observations for task in data.tasks]
     return fit_transform(observations, settings.observation_scale, settings.hide_x, data.absolute_x)
+
+
+def refuse_larger_context(size: int, held: int) -> None:
+    """Raise `FocalError` for contexts of `size` transitions where the smallest task has only `held`."""
+    if size > held:
+        raise FocalError(
+            f"contexts of {size} transitions were asked for, but the smallest task holds only {held}; take at most "
+            f"that (focal-cli train --set context_size={held}, focal-cli test --context-size {held}), or other data"
+        )
 
 
 def _sparse_rewards(tasks: Sequence[Transitions]) -> list[np.ndarray]:

@@ -4,7 +4,8 @@ RUN/settings.json      resolved settings, family, collection, quality, seeds, ob
 RUN/seed_0/            one trained network
   checkpoints/step_000002000/...
   metrics.jsonl        one row every log_every steps; fields under "time/" are wall-clock, all others reproduce
-  evaluation.jsonl     one row every eval_every steps
+  evaluation.jsonl     one row every eval_every steps once the control networks train: meta-test, spread on test tasks
+  embeddings.jsonl     one row every eval_every steps: an embedding of every training task
   tensorboard/
 """
 
@@ -23,11 +24,17 @@ from ..settings import from_dict, to_dict
 from .agent import Agent, new_agent
 from .checkpoint import list_checkpoints, load_networks
 from .files import read_json
-from .replay import TrainingData, training_transform
+from .replay import TrainingData, refuse_larger_context, training_transform
 from .settings import TrainSettings, differences
 from .transform import ObservationTransform
 
 FORMAT = "focal-run/1"
+# Settings that this format did not always have; a file without one is of a version that did what is the default today.
+_ADDED = (
+    "encoder", "released", "encoder_after", "encoder_half_life", "gradients", "task_replacement", "context_draws",
+    "precision", "value_limit",
+)  # fmt: skip
+_ADDED_DEFAULTS = {name: value for name, value in to_dict(TrainSettings()).items() if name in _ADDED}
 _REMEDY = "start the run again under another name: focal-cli train ... --name OTHER"
 
 
@@ -78,8 +85,12 @@ class Run:
 
 
 def describe_run(data: TrainingData, settings: TrainSettings, source: RunSource) -> Run:
-    """Return the description of a run on `data`; fits the observation transform."""
+    """Return the description of a run on `data`; fits the observation transform.
+
+    Raises `UsageError` for settings, and `FocalError` for data, that cannot be trained on, before anything is written.
+    """
     settings.check()
+    refuse_larger_context(settings.context_size, min(len(task.rows) for task in data.tasks))
     transform = training_transform(data, settings)
     return Run(
         settings, transform, data.family, data.task_indices, data.obs_dim, data.act_dim, data.content_hash, source
@@ -120,7 +131,7 @@ def read_run(run_dir: Path) -> Run:
             dict(values["provenance"]),
         )
         return Run(
-            settings=from_dict(TrainSettings, values["settings"]),
+            settings=from_dict(TrainSettings, {**_ADDED_DEFAULTS, **values["settings"]}),
             transform=ObservationTransform.from_json(values["observation_transform"]),
             family=str(values["family"]),
             task_indices=tuple(int(index) for index in collection["task_indices"]),
