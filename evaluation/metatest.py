@@ -194,7 +194,7 @@ def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int,
     sources = {"return": own}
     if count > 1:
         sources["wrong_context_return"] = (own + count // 2) % count
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, source in sources.items():
         embeddings = embed_contexts(agent, tasks.contexts, source, context_size, seed)
         if name == "return":

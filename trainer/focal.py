@@ -123,17 +123,9 @@ class Focal:
         states = augment(batch.observations, embeddings)  # (K, B, dim + L)
         next_states = augment(batch.next_observations, embeddings)
         targets, target_metrics = critic_targets(
-            policy,
-            self.target_critic,
-            discriminator,
-            batch,
-            states,
-            next_states,
-            settings,
-            self.alpha,
-            entropy_weight,
-            generator,
-        )
+            policy, self.target_critic, discriminator, batch, states, next_states, settings, self.alpha,
+            entropy_weight, generator,
+        )  # fmt: skip
         loss, critic_metrics = critic_loss(self.critic, states, batch.actions, targets)
         norm, bellman = self._step("critic", loss, embeddings if embeddings.requires_grad else None)
         metrics |= target_metrics | critic_metrics | {"critic/gradient_norm": norm}
@@ -249,21 +241,20 @@ def critic_targets(
             penalty = policy_divergence(discriminator, rule.divergence, next_states, actions, batch.next_actions)
             penalty = penalty * batch.next_action_valid
         values = values - alpha * penalty
-    spread, mean = torch.std_mean(values, correction=0)
     targets = settings.reward_scale * batch.rewards + settings.discount * values * ~batch.terminated
-    return targets, {"critic/next_value": mean, "critic/next_value_std": spread}
+    return targets, {"critic/next_value": values.mean(), "critic/next_value_std": values.std(correction=0)}
 
 
 def critic_loss(critic: TwinCritic, states: Tensor, actions: Tensor, targets: Tensor) -> tuple[Tensor, Metrics]:
     """Squared error of both action values (eq. 8, 27): mean over `states` (K, B, dim + L), summed over the twins."""
     values = critic(states, actions)  # (2, K, B)
     loss = (values - targets).square().mean(dim=(1, 2)).sum()
-    spread, mean = torch.std_mean(values.detach(), correction=0)
+    found = values.detach()
     return loss, {
         "critic/loss": loss.detach(),
-        "critic/value": mean,
-        "critic/value_std": spread,
-        "critic/value_largest": values.detach().abs().amax(),
+        "critic/value": found.mean(),
+        "critic/value_std": found.std(correction=0),
+        "critic/value_largest": found.abs().amax(),
         "critic/target": targets.mean(),
     }
 

@@ -133,7 +133,7 @@ class StateActionNet(MLP):
             for weight, bias in maps[:-1]:
                 rows = relu(linear(rows, weight, bias), inplace=True)
                 active.append(rows.sign())
-        gradient = maps[-1][0][:1].expand(len(rows), -1)  # (rows, last hidden width)
+        gradient = rows.new_ones(len(rows), 1) @ maps[-1][0][:1]  # (rows, last hidden width)
         for (weight, _), mask in zip(reversed(maps[:-1]), reversed(active), strict=True):
             gradient = (gradient * mask) @ weight
         return gradient[:, states.shape[-1] : inputs.shape[-1]].reshape(actions.shape).to(inputs.dtype)
@@ -179,7 +179,7 @@ def _affine_maps(layers: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
     The additional units are always 0 and get no gradient; products of whole cache lines are up to twice as fast
     (docs/benchmarks.md).
     """
-    maps = [(layer.weight, layer.bias) for layer in layers if isinstance(layer, nn.Linear)]
+    maps: list[tuple[Tensor, Tensor]] = [(x.weight, x.bias) for x in layers if isinstance(x, nn.Linear)]
     if all(weight.shape[1] % _ALIGNMENT == 0 for weight, _ in maps[1:]):
         return maps
     return [
