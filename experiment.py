@@ -164,14 +164,15 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     collection = open_collection(request.collection)
     run_dir = _run_folder(request, collection)
     settings, seeds = _settings_and_seeds(request, collection, run_dir)
+    settings.check()
     device = choose_device(request.device)
     cache = request.cache
     if cache is None and not isinstance(collection.source, Folder):
         cache = run_dir.parent / ".cache"  # far away: fetched once for all seeds and runs
     where = request.collection.resolve() if isinstance(request.collection, Path) else request.collection
     source = RunSource(collection.name, str(where), request.quality, seeds, provenance())
-    data = training_data(collection, request.quality, cache)
-    describe_run(data, settings, source)  # what cannot be trained on fails here, before any process starts
+    # what cannot be trained on fails here, before any process starts
+    describe_run(training_data(collection, request.quality, cache), settings, source)
     jobs = {
         seed: SeedJob(
             run_dir, request.collection, request.quality, settings, seed, source, request.resume, device, cache

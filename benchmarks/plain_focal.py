@@ -48,7 +48,7 @@ class PlainFocal:
     def step(self) -> float:
         """Take one gradient step of every network; returns the critic's loss."""
         settings, rule = self.settings, self.settings.regularisation
-        chosen = self.draw.choice(len(self.tasks), settings.meta_batch, replace=False)
+        chosen = self.draw.choice(len(self.tasks), settings.meta_batch, replace=False).tolist()
         first, second = ([self.embed(task) for task in chosen] for _ in range(2))
         distance = settings.distance.weight * self.metric_loss([*first, *second], [*chosen, *chosen])
         self.encoder_adam.zero_grad()

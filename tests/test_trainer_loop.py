@@ -243,7 +243,7 @@ def test_diverging_values_stop_with_the_bound_and_keep_the_last_good_checkpoint(
     message = (
         r"values diverge: critic/value_largest is [\d.]+ at step \d+, above the bound 6; the last good checkpoint "
     )
-    with pytest.raises(FocalError, match=message + r"is .*step_0000\d+; .*regularisation.*value_limit=NUMBER"):
+    with pytest.raises(FocalError, match=message + r"is .*step_0000\d+; .*regularisation.*--set value_limit=NUMBER"):
         train(tmp_path / "run", walk_data(), settings, 0)
     load_agent(tmp_path / "run", 0)
     logged = rows(tmp_path / "run")

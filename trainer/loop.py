@@ -103,9 +103,10 @@ class _SeedTrainer:
                 numbers: dict[str, float] = {}
                 if logs or saves or self.replay.device.type == "cpu":  # elsewhere each look waits for the device
                     numbers = _floats(metrics)
+                    if logs:
+                        numbers |= value_drift(numbers, step, journal.last) | embedding_metrics(self._embed_tasks(step))
                     self._refuse_divergence(numbers, step)
                 if logs:
-                    numbers |= value_drift(numbers, step, journal.last) | embedding_metrics(self._embed_tasks(step))
                     phase = "joint" if rate > 0 and control else "control" if control else "encoder"
                     journal.write("metrics", step, numbers, phase)
                 if evaluates:
@@ -143,10 +144,7 @@ class _SeedTrainer:
                 remedy = "with smaller steps, for example --set critic_learning_rate=1e-4 --set tau=0.002"
             elif name == "critic/value_largest" and value > self.bound:
                 found = f"values diverge: {name} is {value:.3g} at step {step}, above the bound {self.bound:.3g}"
-                remedy = (
-                    "with regularisation (--set regularisation.kind=value-penalty), smaller steps, or another bound "
-                )
-                remedy += "(--set value_limit=NUMBER)"
+                remedy = "with --set regularisation.kind=value-penalty, smaller steps, or --set value_limit=NUMBER"
             else:
                 continue
             kept = list_checkpoints(self.folder / "checkpoints")
