@@ -42,7 +42,7 @@ def test_paper_values_of_the_tables():
 def test_laptop_point_robots_train_the_encoder_first():
     settings = train_settings("sparse-point-robot", "laptop")
     assert (settings.schedule, settings.encoder_only_steps, settings.total_steps) == ("encoder-first", 1500, 9500)
-    assert (settings.control_hidden, settings.meta_batch, settings.batch_size) == ((256, 256, 256), 16, 128)
+    assert (settings.control_hidden, settings.meta_batch, settings.batch_size) == ((128, 128), 16, 128)
     assert settings.discount == 0.9
     assert settings.regularisation.kind == "none"
 

@@ -29,7 +29,11 @@ class BatchPearlSettings(ControlSettings):
 
 # Differences of a scale from what settings.py has for the family, whose rule of regularisation is FOCAL's.
 _PLAIN: dict[str, Any] = {"regularisation.kind": "none"}
-SCALES: dict[Scale, dict[str, Any]] = {"paper": _PLAIN, "laptop": _PLAIN, "smoke": _PLAIN}
+SCALES: dict[Scale, dict[str, Any]] = {
+    "paper": _PLAIN,
+    "laptop": {**_PLAIN, "encoder_hidden": (256,) * 3, "control_hidden": (256,) * 3},
+    "smoke": _PLAIN,
+}
 
 
 class BatchPearl:
