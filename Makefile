@@ -34,7 +34,7 @@ setup: $(READY) ## Make the virtual environment with pinned versions
 
 quickstart: $(READY) ## The whole pipeline on sparse-point-robot: data, training, meta-test, pictures (about 10 minutes)
 	$(CLI) data generate --env point --tasks 20/5 --stores quickstart/stores
-	$(CLI) train --env point --data mixed --set steps=5000 --set encoder_hidden=128,128 --set control_hidden=128,128 --name first --resume --stores quickstart/stores --runs quickstart/runs
+	$(CLI) train --env point --data mixed --set steps=5000 --name first --resume --stores quickstart/stores --runs quickstart/runs
 	$(CLI) test --stores quickstart/stores --runs quickstart/runs
 
 data: $(READY) ## Stage one: a SAC agent per task of ENV, rolled out into stores

@@ -15,8 +15,7 @@ run() { # name, collection, then what focal-cli train takes
 case $result in
 point)
     "$cli" data generate --env point --scale laptop -o "$stores/sparse-point-robot"
-    run point-mixed "$stores/sparse-point-robot" --data mixed --seeds 3 \
-        --set encoder_hidden=128,128 --set control_hidden=128,128
+    run point-mixed "$stores/sparse-point-robot" --data mixed --seeds 3
     ;;
 point-joint)
     "$cli" data generate --env point --scale laptop -o "$stores/sparse-point-robot"
@@ -25,9 +24,8 @@ point-joint)
 cheetah-dir)
     "$cli" data generate --env cheetah-dir --scale laptop -o "$stores/half-cheetah-fwd-back"
     for quality in expert mixed; do
-        set -- --data $quality --seeds 3 --set encoder_hidden=128,128 --set control_hidden=256,256
-        run cheetah-dir-$quality "$stores/half-cheetah-fwd-back" "$@"
-        run cheetah-dir-$quality-hide-x "$stores/half-cheetah-fwd-back" "$@" --set hide_x=true
+        run cheetah-dir-$quality "$stores/half-cheetah-fwd-back" --data $quality --seeds 3
+        run cheetah-dir-$quality-hide-x "$stores/half-cheetah-fwd-back" --data $quality --seeds 3 --set hide_x=true
     done
     ;;
 *)
