@@ -78,6 +78,11 @@ def test_paper_sizes_are_the_descriptions():
     assert mbml.teachers.bcq.vae_hidden == (750, 750)
     assert mbml.teachers.rewards == dataclasses.replace(mbml.teachers.rewards, members=20, hidden=(128,), steps=4000)
     assert (mbml.relabel.reward_std, mbml.relabel.next_observation_std) == (0.05, 0.2)
+    weights = {
+        algo: {train_settings(family, scale, algo).encoder.kl_weight for family in FAMILIES for scale in SCALES}
+        for algo in RIVALS
+    }
+    assert weights == {"batch-pearl": {0.1, 1.0}, "contextual-bcq": {0.0}, "mbml": {0.1}}  # 1 on the point robots
     varying = {family for family in FAMILIES if train_settings(family, "paper", "mbml").transitions_vary}
     assert varying == {"point-robot-wind", "walker-2d-params"}
 

@@ -49,11 +49,12 @@ def _widths(width: int, layers: int) -> dict[str, Any]:
     return {f"bcq.{name}_hidden": (width,) * layers for name in ("critic", "vae", "perturbation")}
 
 
-# Differences of a scale from what settings.py has for the family.
+# Differences of a scale from what settings.py has for the family, whose KL weight is Batch PEARL's.
+_NO_KL: dict[str, Any] = {"encoder.kl_weight": 0.0}
 SCALES: dict[Scale, dict[str, Any]] = {
-    "paper": {"context_size": 128, "steps": 100_000},
-    "laptop": {**_widths(256, 3), "meta_batch": 8, "batch_size": 64},
-    "smoke": {**_widths(32, 2), "bcq.candidates": 4},
+    "paper": {**_NO_KL, "context_size": 128, "steps": 100_000},
+    "laptop": {**_NO_KL, "encoder_hidden": (256,) * 3, **_widths(256, 3), "meta_batch": 8, "batch_size": 64},
+    "smoke": {**_NO_KL, **_widths(32, 2), "bcq.candidates": 4},
 }
 
 

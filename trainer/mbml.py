@@ -86,17 +86,19 @@ def _widths(group: str, width: int, layers: int, *names: str) -> dict[str, Any]:
 _STUDENT = "critic_hidden", "decoder_hidden", "perturbation_hidden"
 _TEACHER = "bcq.critic_hidden", "bcq.vae_hidden", "bcq.perturbation_hidden", "transitions.hidden"
 
-# Differences of a scale, and of families, from what settings.py has for the family.
+# Differences of a scale, and of families, from what settings.py has for the family, whose KL weight is Batch PEARL's.
+_KL: dict[str, Any] = {"encoder.kl_weight": 0.1}
 SCALES: dict[Scale, dict[str, Any]] = {
-    "paper": {"context_size": 64, "steps": 100_000},
+    "paper": {**_KL, "context_size": 64, "steps": 100_000},
     "laptop": {
-        **_widths("student", 256, 3, *_STUDENT), **_widths("teachers", 256, 3, *_TEACHER), "context_size": 64,
-        "meta_batch": 8, "teachers.steps": 4000, "teachers.batch_size": 32, "teachers.learning_rate": 1e-3,
+        **_KL, "encoder_hidden": (256,) * 3, **_widths("student", 256, 3, *_STUDENT),
+        **_widths("teachers", 256, 3, *_TEACHER), "context_size": 64, "meta_batch": 8,
+        "teachers.steps": 4000, "teachers.batch_size": 32, "teachers.learning_rate": 1e-3,
         "teachers.rewards.steps": 4000, "teachers.rewards.learning_rate": 1e-3, "teachers.transitions.members": 5,
         "teachers.transitions.steps": 1500, "teachers.transitions.learning_rate": 1e-3,
     },
     "smoke": {
-        **_widths("student", 32, 2, *_STUDENT), **_widths("teachers", 32, 2, *_TEACHER), "context_size": 16,
+        **_KL, **_widths("student", 32, 2, *_STUDENT), **_widths("teachers", 32, 2, *_TEACHER), "context_size": 16,
         "teachers.bcq.candidates": 4, "teachers.pool": 64, "teachers.steps": 60, "teachers.batch_size": 32,
         "teachers.rewards.hidden": (32,), "teachers.rewards.members": 4, "teachers.rewards.steps": 60,
         "teachers.transitions.members": 4, "teachers.transitions.steps": 60,
