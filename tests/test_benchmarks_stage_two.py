@@ -8,7 +8,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from focal.settings import override
-from focal.trainer.settings import train_settings
+from focal.trainer.methods import train_settings
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 WIDE = {"control_hidden": "512,512,512", "encoder_hidden": "256,256"}  # so that the layers between dominate

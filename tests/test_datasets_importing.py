@@ -18,7 +18,7 @@ from focal.datasets.importing import ImportRequest, import_collection, list_task
 from focal.datasets.quality import QualityRule
 from focal.envs.tasks import published_goals
 from focal.errors import DiskFullError, FocalError, UsageError
-from focal.evaluation import meta_test, select_test_tasks
+from focal.evaluation import OfflineTransitions, meta_test, select_test_tasks
 from focal.importing import expert_test, family_facts, plan_tasks
 
 from .foreign_files import split, write_focal_iclr, write_unicorn
@@ -733,7 +733,7 @@ def test_the_command_line(unicorn, iclr, tmp_path):
 def test_imported_data_are_meta_tested(unicorn, tmp_path):
     """Without references, policies or levels: the scores and the expert are missing, the rest is there."""
     tasks = select_test_tasks(load(unicorn[0], "unicorn", tmp_path / "out", split="3/2"), "mixed")
-    result = meta_test(GoalReader(), Idle(), tasks, context_size=32, episodes=2, seed=0)
+    result = meta_test(GoalReader(), Idle(), tasks, OfflineTransitions(32), episodes=2, seed=0)
     assert sorted(result.conditions) == ["right context", "untrained", "wrong context", "zero action"]
     assert result.share_of_optimum("right context") > 0.9
     assert result.score("right context") is None

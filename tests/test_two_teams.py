@@ -16,7 +16,10 @@ import pytest
 
 from focal.datasets import open_collection
 
-pytestmark = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed")
+pytestmark = [
+    pytest.mark.slow,  # 50 s; .ci/run runs it, too
+    pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="OpenSSH is not installed"),
+]
 
 
 @dataclass
