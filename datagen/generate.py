@@ -143,6 +143,10 @@ def _run(
             reasons |= error.reasons
         elif isinstance(error, FocalError):
             raise error
+        elif isinstance(error, OSError) and error.filename is not None:
+            raise FocalError(
+                f"cannot write {error.filename}: {error.strerror}; make the folder writable and run the same command again"
+            ) from error
         else:
             unsealed = [task.index for task in members[key] if not is_sealed(request.path, task.index)]
             reasons |= dict.fromkeys(unsealed, f"{type(error).__name__}: {error}")

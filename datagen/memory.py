@@ -32,8 +32,8 @@ def fleet_memory(family: TaskFamily, agents: int, settings: GenerateSettings) ->
     obs_dim, act_dim, hidden = family.obs_dim, family.act_dim, settings.sac.hidden_sizes
     replay = 4 * agents * settings.sac.total_steps * RowLayout(obs_dim, act_dim).width
     actor, critic = _parameters(obs_dim, hidden, 2 * act_dim), _parameters(obs_dim + act_dim, hidden, 1)
-    # value, gradient, Adam's two moments, and the copy that a checkpoint saves; targets lack the moments
-    parameters = 4 * agents * (5 * actor + 2 * (5 + 3) * critic)
+    # values and gradients of all, Adam's two moments but of the targets, and the copy that a checkpoint saves
+    parameters = 4 * agents * ((4 + 3) * actor + 2 * (4 + 3) * critic + 2 * (2 + 1) * critic)
     # rows forward and backward: 2B and B of the actor, B and B of either critic; bfloat16 keeps as much again
     rows = settings.sac.batch_size * (2 + 1 + 2 * 2) * (2 if settings.fleet.precision == "bf16" else 1)
     return FleetMemory(int(1.1 * (replay + parameters + 4 * agents * rows * sum(hidden))), replay)
