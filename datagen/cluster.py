@@ -73,9 +73,12 @@ def _connect(address: str) -> Any:
         import ray
     except ImportError:
         raise FocalError("--ray needs Ray; install it: pip install 'focal-omrl[cluster]'") from None
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdigit() and "//" not in host:
+            socket.create_connection((host, int(port)), timeout=10.0).close()  # Ray itself would try for minutes
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:150]
         raise FocalError(
             f"no Ray cluster at '{address}' ({said}); start one with `ray start --head`, see docs/cluster.md"

@@ -154,7 +154,7 @@ def trained():
 
 
 def sb3_layers(model):
-    """(stack's name, index within the agent, layers as (weight, bias)) of every network of a stable-baselines3 model."""
+    """(stack's name, index within the agent, layers as (weight, bias)) of a stable-baselines3 model's networks."""
     actor = [(layer.weight, layer.bias) for layer in model.actor.latent_pi if isinstance(layer, nn.Linear)]
     heads = [torch.cat([getattr(model.actor.mu, n), getattr(model.actor.log_std, n)]) for n in ("weight", "bias")]
     yield "actor", 0, [*actor, heads]
@@ -183,14 +183,14 @@ def test_updates_are_those_of_stable_baselines3(trained):
         mine.copy_(theirs)
     for optimiser in trained._optimisers().values():
         optimiser.state.clear()
-    replay, before = model.replay_buffer, {}
+    replay = model.replay_buffer
     for step in range(3):
         torch.manual_seed(step)
-        np.random.seed(step)
-        rows = np.random.randint(0, replay.pos, size)
+        np.random.seed(step)  # noqa: NPY002 - it is what stable-baselines3 draws from
+        rows = np.random.randint(0, replay.pos, size)  # noqa: NPY002
         noise = torch.cat([torch.randn(size, 6), torch.randn(size, 6)]).T  # the order in which SAC.train draws it
         torch.manual_seed(step)
-        np.random.seed(step)
+        np.random.seed(step)  # noqa: NPY002
         model.train(1, size)
         ends = replay.dones[rows] * (1 - replay.timeouts[rows])
         parts = replay.observations[rows, 0], replay.actions[rows, 0], replay.next_observations[rows, 0]
