@@ -18,7 +18,7 @@ from torch import Tensor
 from ..envs import TaskFamily, TaskParameters, make_batch
 from ..trainer.networks import TanhGaussianPolicy
 from .learner import explain_damage, read_progress, read_rows, read_tensors, save_learner, save_rows
-from .sac import RowLayout, SacStack
+from .sac import RowLayout, SacStack, Scratch
 from .settings import SacSettings
 
 SeedOf = Callable[[int, int], int]
@@ -46,9 +46,11 @@ class Fleet:
         self._columns = RowLayout(family.obs_dim, family.act_dim)
         self._noise = torch.zeros(self.agents, family.act_dim)
         self._envs = make_batch(family, tasks, threads=1 if device == "cpu" else None)
-        size = self.agents if device != "cpu" else group_size(settings)
+        like, low = torch.empty(0, dtype=dtype, device=device), precision == "bf16"
+        size = min(self.agents, group_size(settings)) if device == "cpu" else self.agents
+        scratch = Scratch(family.obs_dim, family.act_dim, size, settings, like, low)
         self._groups = [
-            _Group(family, slice(start, min(start + size, self.agents)), settings, device, precision, dtype)
+            _Group(family, slice(start, min(start + size, self.agents)), settings, like, low, scratch)
             for start in range(0, self.agents, size)
         ]
         for group in self._groups:
@@ -211,12 +213,12 @@ class _Group:
     """Agents of a fleet that are stacked together, with their replay on the compute device."""
 
     def __init__(
-        self, family: TaskFamily, slots: slice, settings: SacSettings, device: str, precision: str, dtype: torch.dtype
+        self, family: TaskFamily, slots: slice, settings: SacSettings, like: Tensor, low: bool, scratch: Scratch
     ):
         self.slots = slots
-        agents, batch = slots.stop - slots.start, settings.batch_size
-        self.stack = SacStack(family.obs_dim, family.act_dim, agents, settings, device, dtype, precision == "bf16")
-        self._device, self._on_gpu = device, device != "cpu"
+        agents, batch, device = slots.stop - slots.start, settings.batch_size, like.device
+        self.stack = SacStack(family.obs_dim, family.act_dim, agents, settings, like, low, scratch)
+        self._device, self._on_gpu = device, like.is_cuda
         width = self.stack.columns.width
         self.replay = torch.empty(agents, settings.total_steps, width, device=device)
         # what an update draws, on the CPU; the first row of each agent's replay among those of all

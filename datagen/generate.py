@@ -145,7 +145,8 @@ def _run(
             raise error
         elif isinstance(error, OSError) and error.filename is not None:
             raise FocalError(
-                f"cannot write {error.filename}: {error.strerror}; make the folder writable and run the same command again"
+                f"cannot write {error.filename}: {error.strerror}; "
+                "make the folder writable and run the same command again"
             ) from error
         else:
             unsealed = [task.index for task in members[key] if not is_sealed(request.path, task.index)]

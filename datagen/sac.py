@@ -5,6 +5,7 @@ temperature. Every function below gives a gradient written out beside the loss i
 return (K, ...) tensors, and nothing passes from one agent to another: a NaN stays where it arose.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -97,21 +98,40 @@ def policy_gradient(sampled: Actions, action_gradient: Tensor, temperature: Tens
     return torch.cat([mean, log_std], dim=1)
 
 
+class Scratch:
+    """What an update of K agents writes and nobody reads after it; stacks updated in turn share one."""
+
+    def __init__(self, obs_dim: int, act_dim: int, agents: int, settings: SacSettings, like: Tensor, low: bool = False):
+        hidden, rows = settings.hidden_sizes, settings.batch_size
+        self.actor = Workspace(agents, 2 * rows, hidden, like, trained_rows=rows, low=low)
+        self.critic = Workspace(2 * agents, rows, hidden, like, low=low)
+        self.states = like.new_empty(agents, 2 * rows, obs_dim)
+        self.pairs = like.new_empty(agents, 2, rows, obs_dim + act_dim)
+
+    def first(self, agents: int) -> "Scratch":
+        """Return the part of the first `agents` agents, in the same memory."""
+        part = copy.copy(self)
+        part.actor, part.critic = self.actor.first(agents), self.critic.first(2 * agents)
+        part.states, part.pairs = self.states[:agents], self.pairs[:agents]
+        return part
+
+
 class SacStack:
     """K agents: parameters, optimisers, and the update of all of them by one batch each."""
 
     def __init__(
-        self, obs_dim: int, act_dim: int, agents: int, settings: SacSettings, device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32, low: bool = False,
+        self, obs_dim: int, act_dim: int, agents: int, settings: SacSettings, like: Tensor | None = None,
+        low: bool = False, scratch: Scratch | None = None,
     ):  # fmt: skip
+        like = torch.empty(0) if like is None else like
         self.agents, self.settings = agents, settings
         self.columns = RowLayout(obs_dim, act_dim)
         self._obs_dim, self._act_dim = obs_dim, act_dim
-        like, hidden, rows = torch.empty(0, dtype=dtype, device=device), settings.hidden_sizes, settings.batch_size
+        hidden = settings.hidden_sizes
         self.actor = StackedMlp(agents, obs_dim, hidden, 2 * act_dim, like, low=low)
         self.critic = StackedMlp(2 * agents, obs_dim + act_dim, hidden, 1, like, low=low)
         self.target = StackedMlp(2 * agents, obs_dim + act_dim, hidden, 1, like, low=low)
-        self.log_temperature = torch.zeros(agents, 1, dtype=dtype, device=device)
+        self.log_temperature = like.new_zeros(agents, 1)
         self._temperature_gradient = torch.zeros_like(self.log_temperature)
         self._actor_adam = Adam(
             [self.actor.parameters, self.log_temperature],
@@ -119,10 +139,7 @@ class SacStack:
             settings.learning_rate,
         )
         self._critic_adam = Adam([self.critic.parameters], [self.critic.gradients], settings.learning_rate)
-        self._actor_space = Workspace(agents, 2 * rows, hidden, like, trained_rows=rows, low=low)
-        self._critic_space = Workspace(2 * agents, rows, hidden, like, low=low)
-        self._states = torch.empty(agents, 2 * rows, obs_dim, dtype=dtype, device=device)
-        self._pairs = torch.empty(agents, 2, rows, obs_dim + act_dim, dtype=dtype, device=device)
+        self._scratch = scratch.first(agents) if scratch else Scratch(obs_dim, act_dim, agents, settings, like, low)
 
     @torch.no_grad()
     def initialise(self, generators: Sequence[torch.Generator]) -> None:
@@ -137,7 +154,7 @@ class SacStack:
     @torch.no_grad()
     def act(self, observations: Tensor, noise: Tensor) -> Tensor:
         """Sample one action each: (K, obs_dim) and standard normal noise (K, A) to (K, A) in (-1, 1)."""
-        outputs = self.actor.forward(observations.unsqueeze(1).to(self._pairs.dtype))
+        outputs = self.actor.forward(observations.unsqueeze(1).to(self.log_temperature.dtype))
         mean, log_std = outputs.squeeze(2).chunk(2, dim=1)
         return torch.tanh(mean + log_std.clamp(*LOG_STD_BOUNDS).exp() * noise)
 
@@ -148,7 +165,7 @@ class SacStack:
         `batch` (K, B, columns) holds replay rows, `noise` (K, A, 2B) standard normal numbers, for a ~ pi(s) and then
         for a' ~ pi(s'). The temperature in the losses is the one before its own step.
         """
-        batch, noise = batch.to(self._pairs.dtype), noise.to(self._pairs.dtype)
+        batch, noise = batch.to(self.log_temperature.dtype), noise.to(self.log_temperature.dtype)
         current, following = self._sample(batch, noise)
         temperature = self.log_temperature.exp()
         self._step_critics(batch, following, temperature)
@@ -159,9 +176,9 @@ class SacStack:
     def _sample(self, batch: Tensor, noise: Tensor) -> tuple[Actions, Actions]:
         """Sample actions at the batch's observations and at its next ones, in one pass through the actor."""
         size = batch.shape[1]
-        self._states[:, :size] = batch[..., self.columns.observation]
-        self._states[:, size:] = batch[..., self.columns.next_observation]
-        sampled = sample_actions(self.actor.forward(self._states, self._actor_space), noise)
+        self._scratch.states[:, :size] = batch[..., self.columns.observation]
+        self._scratch.states[:, size:] = batch[..., self.columns.next_observation]
+        sampled = sample_actions(self.actor.forward(self._scratch.states, self._scratch.actor), noise)
         now, after = slice(0, size), slice(size, 2 * size)
         return Actions(*(part[..., now] for part in sampled)), Actions(*(part[..., after] for part in sampled))
 
@@ -176,25 +193,25 @@ class SacStack:
             self.settings.discount,
         )
         gradient = critic_gradient(self._values(self.critic, batch[..., self.columns.pair]), targets)
-        self.critic.backward(self._pairs.flatten(0, 1), _per_critic(gradient), self._critic_space)
+        self.critic.backward(self._scratch.pairs.flatten(0, 1), _per_critic(gradient), self._scratch.critic)
         self._critic_adam.step()
         self.critic.refresh()
 
     def _step_actor_and_temperature(self, current: Actions, temperature: Tensor) -> None:
         size = current.log_probs.shape[1]
-        pairs = torch.cat([self._states[:, :size], current.actions.transpose(1, 2)], 2)
+        pairs = torch.cat([self._scratch.states[:, :size], current.actions.transpose(1, 2)], 2)
         gradient = smaller_value_gradient(self._values(self.critic, pairs))
-        by_critic = self.critic.input_gradient(_per_critic(gradient), self._critic_space, self._obs_dim)
+        by_critic = self.critic.input_gradient(_per_critic(gradient), self._scratch.critic, self._obs_dim)
         action_gradient = by_critic.unflatten(0, (-1, 2)).sum(1)  # (K, A, B)
-        self.actor.backward(self._states, policy_gradient(current, action_gradient, temperature), self._actor_space)
+        self.actor.backward(self._scratch.states, policy_gradient(current, action_gradient, temperature), self._scratch.actor)
         self._temperature_gradient.copy_(temperature_gradient(current.log_probs, -float(self._act_dim)))
         self._actor_adam.step()
         self.actor.refresh()
 
     def _values(self, critics: StackedMlp, pairs: Tensor) -> Tensor:
         """Both action values (K, 2, B) of observations joined to actions (K, B, obs_dim + act_dim)."""
-        self._pairs.copy_(pairs.unsqueeze(1))
-        return critics.forward(self._pairs.flatten(0, 1), self._critic_space).unflatten(0, (-1, 2)).squeeze(2)
+        self._scratch.pairs.copy_(pairs.unsqueeze(1))
+        return critics.forward(self._scratch.pairs.flatten(0, 1), self._scratch.critic).unflatten(0, (-1, 2)).squeeze(2)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole state by name, agents first; whoever writes to it calls `refresh` afterwards."""

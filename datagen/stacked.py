@@ -9,6 +9,7 @@ libraries are up to ten times slower on products whose last dimension is small, 
 except with few inputs. Autograd would cost the small networks as much again as their products; the tests compare.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ LOW = torch.bfloat16
 class Workspace:
     """Activations and their gradients, allocated once: fresh memory costs as much as what is done with it.
 
-    `rows` per network are passed forward; the first `trained_rows` of them, or all, backward.
+    `rows` per network are passed forward; the first `trained_rows` of them, or all, backward. Networks that are used
+    one after the other share a workspace, which then stays in the cache; `first` lends it to fewer of them.
     """
 
     def __init__(
@@ -38,6 +40,14 @@ class Workspace:
         if low:
             self.low_hidden, self.low_products = buffers(rows, LOW), buffers(rows, LOW)
             self.low_gradients, self.low_below = buffers(self.trained_rows, LOW), buffers(self.trained_rows, LOW)
+
+    def first(self, networks: int) -> "Workspace":
+        """Return the part of the first `networks` networks, in the same memory."""
+        part = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                setattr(part, name, [buffer[:networks] for buffer in value])
+        return part
 
 
 class StackedMlp:
