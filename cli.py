@@ -116,7 +116,10 @@ def data() -> None:
 @click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True)
 @click.option("--tasks", metavar="TRAIN[/TEST]", help="Number of tasks, for example 20/5.")
 @click.option("--tasks-from", type=click.Choice(["seed", "published"]), default="seed", show_default=True)
-@click.option("--workers", type=click.IntRange(1), help="Processes, one task at a time each. [default: all cores]")
+@click.option("--engine", type=click.Choice(["sb3", "fleet"]), help="One task at a time, or many. [default: sb3]")
+@click.option("--workers", type=click.IntRange(1), help="Processes side by side. [default: all cores, or all GPUs]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--ray", metavar="ADDRESS", help="Run on this Ray cluster, for example auto; see docs/cluster.md.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--licence", default="CC-BY-4.0", show_default=True, help="SPDX identifier.")
 @click.option("--author", "authors", multiple=True, help="May be given several times.")
@@ -124,8 +127,9 @@ def data() -> None:
 @stores_option
 @set_option
 def generate(
-    env_name: str, scale: str, tasks: str | None, tasks_from: str, workers: int | None, seed: int, licence: str,
-    authors: Sequence[str], output: Path | None, stores: Path, assignments: Sequence[str],
+    env_name: str, scale: str, tasks: str | None, tasks_from: str, engine: str | None, workers: int | None, device: str,
+    ray: str | None, seed: int, licence: str, authors: Sequence[str], output: Path | None, stores: Path,
+    assignments: Sequence[str],
 ) -> None:  # fmt: skip
     """Train a SAC agent per task and roll its checkpoints out into a collection. Run again to continue."""
     from .console import GenerateBars, print_collection
@@ -135,10 +139,11 @@ def generate(
 
     family = get_family(env_name)
     settings = generate_settings(family.name, scale, fixed_tasks=family.fixed_tasks is not None)
-    settings = override(settings, _task_counts(tasks) | parse_assignments(assignments))
+    chosen = {"engine": engine} if engine else {}
+    settings = override(settings, _task_counts(tasks) | chosen | parse_assignments(assignments))
     request = GenerateRequest(
         family.name, output or stores / family.name, settings, scale, seed, tasks_from, licence, tuple(authors),
-        workers or 0,
+        workers or 0, device, ray,
     )  # fmt: skip
     with GenerateBars(family.name) as bars:
         collection = generate(request, bars)

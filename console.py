@@ -24,6 +24,7 @@ from .sweeps import Sweep
 console = Console() if Console().is_terminal else Console(width=160)
 
 MOST_TASKS_SHOWN = 5  # more are in --json
+MOST_BARS = 10  # of single tasks; a fleet has dozens under way
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
@@ -95,14 +96,17 @@ class GenerateBars(_Bars, GenerateProgress):
             "all tasks", total=tasks * steps_per_task, completed=sealed * steps_per_task
         )
 
-    def update(self, task: int, what: str, amount: int) -> None:
+    def update(self, task: int, what: str, value: Any) -> None:
         """Advance a task's bar and the overall one."""
         if what == "steps":
-            if task not in self._bars:
+            if task not in self._bars and len(self._bars) < MOST_BARS:
                 self._bars[task] = self.progress.add_task(f"task {task}", total=self.steps)
-            self.progress.advance(self._bars[task], amount)
-            self.progress.advance(self.overall, amount)
-            self._print_line(amount)
+            if task in self._bars:
+                self.progress.advance(self._bars[task], value)
+            self.progress.advance(self.overall, value)
+            self._print_line(value)
+        elif what == "retried":
+            console.print(escape(f"task {task} failed: {value}; it is tried again from its last checkpoint"))
         elif what == "sealed":
             self.sealed += 1
             if task in self._bars:

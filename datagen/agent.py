@@ -5,30 +5,22 @@ from (seed, task, chunk), so that networks, optimisers, temperature and replay a
 from its files continues exactly as one that was never stopped.
 """
 
-import json
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ..envs import TaskFamily, TaskParameters
-from ..errors import FocalError
-from ..files import atomic_path
 from ..trainer.networks import TanhGaussianPolicy
-from .settings import SacSettings
+from .learner import explain_damage, read_progress, read_rows, read_tensors, save_learner, save_rows
+from .settings import LOG_STD_BOUNDS, SacSettings
 
 REPLAY_ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
-LEARNER_FILE = "learner.safetensors"
-SB3_LOG_STD_BOUNDS = (-20.0, 2.0)
 
 
 class SacAgent:
@@ -70,7 +62,7 @@ class SacAgent:
         """Return a copy of the current actor as the project's own network, which needs no stable-baselines3."""
         actor: Any = self.model.actor
         obs_dim, act_dim = actor.latent_pi[0].in_features, actor.mu.out_features
-        policy = TanhGaussianPolicy(obs_dim, self.settings.hidden_sizes, act_dim, *SB3_LOG_STD_BOUNDS)
+        policy = TanhGaussianPolicy(obs_dim, self.settings.hidden_sizes, act_dim, *LOG_STD_BOUNDS)
         source = {f"body.{k}": v for k, v in actor.latent_pi.state_dict().items()}
         source |= {f"mean.{k}": v for k, v in actor.mu.state_dict().items()}
         source |= {f"log_std.{k}": v for k, v in actor.log_std.state_dict().items()}
@@ -82,11 +74,9 @@ class SacAgent:
         replay, start = self._replay(), self._saved_steps
         if self.steps > start:
             rows = {name: getattr(replay, name)[start : self.steps, 0] for name in REPLAY_ARRAYS}
-            with atomic_path(folder / f"replay_{self.chunk:04d}.npz") as path, open(path, "wb") as file:
-                np.savez(file, allow_pickle=False, **rows)
-        meta = {"chunk": self.chunk, "steps": self.steps, "updates": self.model._n_updates}
-        with atomic_path(folder / LEARNER_FILE) as path:
-            save_file(self._tensors(), path, metadata={"learner": json.dumps(meta)})
+            save_rows(folder, self.chunk, rows)
+        progress = {"chunk": self.chunk, "steps": self.steps, "updates": self.model._n_updates}
+        save_learner(folder, self._tensors(), progress)
         self._saved_steps = self.steps
 
     def restore(self, folder: Path) -> bool:
@@ -94,32 +84,22 @@ class SacAgent:
 
         Raises `FocalError` when a file is missing or damaged: training again from the start gives the same episodes.
         """
-        if not (folder / LEARNER_FILE).exists():
+        progress = read_progress(folder)
+        if progress is None:
             return False
-        try:
-            self._restore(folder)
-        except (OSError, EOFError, ValueError, KeyError, AssertionError, zipfile.BadZipFile, SafetensorError) as error:
-            raise FocalError(
-                f"{folder} is damaged ({' '.join(str(error).split())[:100]}); "
-                f"type rm -r {folder}, then run the same command again: that task starts anew"
-            ) from error
-        return True
-
-    def _restore(self, folder: Path) -> None:
-        path = folder / LEARNER_FILE
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads(file.metadata()["learner"])
-            self._load_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
-        self.chunk, self._saved_steps = meta["chunk"], meta["steps"]
-        self.model.num_timesteps, self.model._n_updates = meta["steps"], meta["updates"]
-        replay, end = self._replay(), 0
-        for chunk in range(1, self.chunk + 1):
-            with np.load(folder / f"replay_{chunk:04d}.npz", allow_pickle=False) as rows:
+        with explain_damage(folder):
+            self._load_tensors(read_tensors(folder))
+            self.chunk, self._saved_steps = progress["chunk"], progress["steps"]
+            self.model.num_timesteps, self.model._n_updates = progress["steps"], progress["updates"]
+            replay, end = self._replay(), 0
+            for chunk in range(1, self.chunk + 1):
+                rows = read_rows(folder, chunk)
                 start, end = end, end + len(rows["rewards"])
                 for name in REPLAY_ARRAYS:
                     getattr(replay, name)[start:end, 0] = rows[name]
-        assert end == meta["steps"], (end, meta)
-        replay.pos = end
+            assert end == progress["steps"], (end, progress)
+            replay.pos = end
+        return True
 
     def _replay(self) -> ReplayBuffer:
         assert self.model.replay_buffer is not None

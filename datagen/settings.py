@@ -1,4 +1,4 @@
-"""Stage one's settings: stable-baselines3 SAC and the rollouts, per family and scale.
+"""Stage one's settings: SAC, the engine that runs it, and the rollouts, per family and scale.
 
 Point robots need small networks and a large learning rate (64 x 64 and 1e-3 learn three times more in 3,000 steps
 than the stock settings); the MuJoCo families run SB3's stock settings.
@@ -6,12 +6,13 @@ than the stock settings); the MuJoCo families run SB3's stock settings.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ..datasets import QualityRule
 from ..errors import UsageError, did_you_mean
 
 SCALES = ("smoke", "laptop", "paper")
+LOG_STD_BOUNDS = (-20.0, 2.0)  # of a behaviour policy's Gaussian, stable-baselines3's
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,23 @@ class SacSettings:
 
 
 @dataclass(frozen=True)
+class FleetSettings:
+    """How the fleet engine groups agents and multiplies. Same settings, same machine: same data, bit for bit."""
+
+    size: int = 10  # agents trained together: tasks 0 to size - 1 are fleet 0, the next ones fleet 1, and so on
+    precision: Literal["fp32", "bf16"] = "fp32"  # of products between hidden layers; parameters are always fp32
+
+    def __post_init__(self) -> None:
+        _require(self.size >= 1, "fleet.size", self.size, "at least 1")
+
+
+@dataclass(frozen=True)
 class GenerateSettings:
     """Everything that decides the content of a collection, beside its tasks and its seed."""
 
     sac: SacSettings = field(default_factory=SacSettings)
+    engine: Literal["sb3", "fleet"] = "sb3"  # stable-baselines3, a process per task; or all agents of a fleet at once
+    fleet: FleetSettings = field(default_factory=FleetSettings)  # read by engine=fleet only
     n_train: int = 2  # meta-training tasks
     n_test: int = 2  # meta-test tasks
     checkpoints: int = 15  # evenly spaced after the untrained policy, which is one more
@@ -72,14 +86,15 @@ def _require(holds: bool, name: str, found: Any, expected: str) -> None:
 _POINT = {
     "sac": {"total_steps": 3_000, "hidden_sizes": (64, 64), "learning_rate": 1e-3, "discount": 0.9,
             "learning_starts": 200},
+    "fleet": {"size": 25},
 }  # fmt: skip
 
 _FAMILIES: dict[str, dict[str, Any]] = {
     "sparse-point-robot": _POINT | {"n_train": 80, "n_test": 20},
     "point-robot-wind": _POINT | {"n_train": 40, "n_test": 10},
     "half-cheetah-vel": {"n_train": 16, "n_test": 4, "sac": {"total_steps": 30_000}},
-    "half-cheetah-fwd-back": {"episodes_per_checkpoint": 40},
-    "ant-fwd-back": {"episodes_per_checkpoint": 40},
+    "half-cheetah-fwd-back": {"episodes_per_checkpoint": 40, "fleet": {"size": 1}},  # a core each
+    "ant-fwd-back": {"episodes_per_checkpoint": 40, "fleet": {"size": 1}},
     "walker-2d-params": {"n_train": 16, "n_test": 4, "sac": {"total_steps": 30_000}},
 }
 

@@ -2,17 +2,18 @@
 
 Order of the writes at every checkpoint: policy, segment of episodes, replay rows, learner. Each is atomic and
 determined by (seed, task, checkpoint), so a killed task continues at its last learner file and rewrites the same
-bytes; no episode is lost or doubled.
+bytes; no episode is lost or doubled. What happens at a checkpoint and after the last one is the same for both engines
+(`publish_checkpoint`, `seal`); `fleet_worker.py` is the other one.
 """
 
 import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,15 +35,17 @@ from ..files import remove_leftovers
 from ..settings import to_dict
 from ..trainer.networks import TanhGaussianPolicy
 from ..trainer.policies import load_policy_file, save_policy
-from .agent import SacAgent
 from .settings import GenerateSettings
+
+if TYPE_CHECKING:
+    from .agent import SacAgent
 
 # children of the collection's seed; (stream, task, checkpoint); streams 0 and 1 draw and split the tasks
 TRAIN_STREAM, ROLLOUT_STREAM, REFERENCE_STREAM = 2, 3, 4
 RANDOM_STOCHASTIC, RANDOM_DETERMINISTIC, EXPERT_STOCHASTIC, EXPERT_DETERMINISTIC = range(4)
 
-Report = Callable[[int, str, int], None]
-"""(task index, what, amount): "steps" n more environment steps, or "sealed"."""
+Report = Callable[[int, str, Any], None]
+"""(task index, what, value): "steps" and how many more, "sealed" and 1, or "retried" and why."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,14 @@ class TaskJob:
     seed: int
     provenance: dict[str, Any]
 
-    def seed_of(self, stream: int, checkpoint: int, count: int = 1) -> list[int]:
-        """Return `count` 32-bit seeds for one purpose at one checkpoint."""
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(stream, self.index, checkpoint))
-        return [int(word) for word in sequence.generate_state(count)]
+    def seed_of(self, stream: int, checkpoint: int, count: int = 1, attempt: int = 0) -> list[int]:
+        """Return `count` 32-bit seeds for one purpose at one checkpoint; others at every attempt after a failure."""
+        key = (stream, self.index, checkpoint, attempt) if attempt else (stream, self.index, checkpoint)
+        return [int(word) for word in np.random.SeedSequence(self.seed, spawn_key=key).generate_state(count)]
+
+    def training_seed(self, chunk: int, attempt: int = 0) -> int:
+        """Return the seed of one chunk of training; chunk 0 initialises the networks."""
+        return self.seed_of(TRAIN_STREAM, chunk, attempt=attempt)[0]
 
     def checkpoint_step(self, checkpoint: int) -> int:
         """Environment steps at a checkpoint: 0, then evenly spaced up to the total."""
@@ -84,13 +91,15 @@ def run_task(job: TaskJob, report: Report) -> None:
     """
     if is_sealed(job.collection, job.index):
         return
-    with _lock(job):
+    from .agent import SacAgent  # imports stable-baselines3, which the fleet engine does without
+
+    with lock(job.collection, f"task_{job.index:04d}", f"task {job.index}"):
         if is_sealed(job.collection, job.index):
             return
         for folder in (job.learner_folder, job.policy_path(0).parent):
             remove_leftovers(folder)
         family = get_family(job.family)
-        agent = SacAgent(family, job.parameters, job.settings.sac, lambda chunk: job.seed_of(TRAIN_STREAM, chunk)[0])
+        agent = SacAgent(family, job.parameters, job.settings.sac, job.training_seed)
         restored = agent.restore(job.learner_folder)
         report(job.index, "steps", agent.steps)
         envs = make_batch(family, [job.parameters] * job.settings.episodes_per_checkpoint, threads=1)
@@ -101,20 +110,31 @@ def run_task(job: TaskJob, report: Report) -> None:
             agent.train_chunk(steps, lambda n: report(job.index, "steps", n))
             _checkpoint(job, agent, envs)
         envs.close()
-        seal_task(job.collection, _record(job, family), job.settings.quality, job.seed)
+        seal(job, family)
         shutil.rmtree(job.learner_folder)
         report(job.index, "sealed", 1)
 
 
-def _checkpoint(job: TaskJob, agent: SacAgent, envs: BatchedEnvs) -> None:
-    policy = agent.policy()
-    meta = {"task": job.index, "sac_step": agent.steps, "algorithm": "SAC"}
-    job.policy_path(agent.steps).parent.mkdir(parents=True, exist_ok=True)
-    save_policy(job.policy_path(agent.steps), policy, meta)
-    noise_seed, *seeds = job.seed_of(ROLLOUT_STREAM, agent.chunk, 1 + job.settings.episodes_per_checkpoint)
-    rollouts = rollout(envs, as_policy(policy, deterministic=False, seed=noise_seed), seeds)
-    write_segment(job.collection, job.index, agent.steps, to_episodes(rollouts, seeds, agent.steps))
+def _checkpoint(job: TaskJob, agent: "SacAgent", envs: BatchedEnvs) -> None:
+    publish_checkpoint(job, agent.policy(), agent.chunk, envs)
     agent.save(job.learner_folder)
+
+
+def publish_checkpoint(job: TaskJob, policy: TanhGaussianPolicy, checkpoint: int, envs: BatchedEnvs) -> None:
+    """Write the policy of a checkpoint, and the segment of episodes that it gives in `envs`.
+
+    What is there already stays, even where another machine went on and rounds differently: policy and segment then
+    still belong together. Raises `EnvironmentFailure`.
+    """
+    step = job.checkpoint_step(checkpoint)
+    if step in list_segments(job.collection, job.index):
+        return
+    meta = {"task": job.index, "sac_step": step, "algorithm": "SAC"}
+    job.policy_path(step).parent.mkdir(parents=True, exist_ok=True)
+    save_policy(job.policy_path(step), policy, meta)
+    noise_seed, *seeds = job.seed_of(ROLLOUT_STREAM, checkpoint, 1 + job.settings.episodes_per_checkpoint)
+    rollouts = rollout(envs, as_policy(policy, deterministic=False, seed=noise_seed), seeds)
+    write_segment(job.collection, job.index, step, to_episodes(rollouts, seeds, step))
 
 
 def as_policy(policy: TanhGaussianPolicy, deterministic: bool, seed: int = 0) -> Policy:
@@ -151,7 +171,13 @@ def to_episodes(rollouts: Rollouts, seeds: list[int], sac_step: int) -> Episodes
     )
 
 
-def _record(job: TaskJob, family: TaskFamily) -> TaskRecord:
+def seal(job: TaskJob, family: TaskFamily, notes: Mapping[str, Any] | None = None) -> None:
+    """Measure the references of a task that is trained and publish its store; `notes` join its provenance."""
+    record = _record(job, family, {**job.provenance, **(notes or {})})
+    seal_task(job.collection, record, job.settings.quality, job.seed)
+
+
+def _record(job: TaskJob, family: TaskFamily, provenance: dict[str, Any]) -> TaskRecord:
     return TaskRecord(
         index=job.index,
         family=family.name,
@@ -165,9 +191,9 @@ def _record(job: TaskJob, family: TaskFamily) -> TaskRecord:
             "action": {"shape": [family.act_dim], "dtype": "float32", "low": -1.0, "high": 1.0},
         },
         absolute_x=family.absolute_x,
-        behaviour={"algorithm": "SAC", **to_dict(job.settings.sac)},
+        behaviour={"algorithm": "SAC", "engine": job.settings.engine, **to_dict(job.settings.sac)},
         references=measure_references(job, family),
-        provenance=job.provenance,
+        provenance=provenance,
     )
 
 
@@ -227,9 +253,9 @@ LOCK_PATIENCE = 30.0  # seconds; workers of a killed command need a moment to no
 
 
 @contextmanager
-def _lock(job: TaskJob) -> Iterator[None]:
-    """Hold the task alone. A killed process releases its lock by dying."""
-    path = job.collection / "staging" / "locks" / f"task_{job.index:04d}"
+def lock(collection: Path, name: str, what: str) -> Iterator[None]:
+    """Hold a task, or a fleet of them, alone. A killed process releases its lock by dying."""
+    path = collection / "staging" / "locks" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + LOCK_PATIENCE
     with open(path, "w") as file:
@@ -240,7 +266,7 @@ def _lock(job: TaskJob) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise FocalError(
-                        f"task {job.index} of {job.collection} is being generated by another process; "
+                        f"{what} of {collection} is being generated by another process; "
                         "wait for it, or stop it and run the same command again"
                     ) from None
                 time.sleep(0.2)

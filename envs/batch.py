@@ -56,20 +56,44 @@ class Rollouts:
         return self.infos["sparse_reward"].sum(axis=1) if "sparse_reward" in self.infos else None
 
 
+class EnvironmentFailure(Exception):
+    """An environment raised instead of stepping; which task it had, and what it said."""
+
+    def __init__(self, task: TaskParameters, error: Exception):
+        super().__init__(task, error)
+        self.task, self.error = task, error
+
+    def __str__(self) -> str:
+        return f"the environment raised {type(self.error).__name__}: {' '.join(str(self.error).split())}"
+
+
 class BatchedEnvs:
-    """M episodes of one family, each with its own task. `step` leaves episodes that have ended alone."""
+    """M episodes of one family, each with its own task. `step` leaves episodes that have ended alone.
+
+    An environment that raises spoils no other: its error is kept in `errors` by position, and it stays inactive until
+    it is started again.
+    """
 
     def __init__(self, family: TaskFamily, tasks: Sequence[TaskParameters]):
         self.family, self.tasks = family, list(tasks)
         self.active = np.zeros(len(tasks), bool)
-        self._steps = 0
+        self.errors: dict[int, Exception] = {}
+        self._steps = np.zeros(len(tasks), np.int64)
+        self._observations = np.zeros((len(tasks), family.obs_dim), np.float32)
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
         """Start M new episodes, each with its own reset seed, and return their first observations (M, obs_dim)."""
         assert len(seeds) == len(self.tasks)
-        self.active[:] = True
-        self._steps = 0
-        self._observations = self._reset(seeds)
+        return self.restart(np.arange(len(self.tasks)), seeds)
+
+    def restart(self, slots: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+        """Start new episodes at the positions `slots` only; return all current observations (M, obs_dim)."""
+        for slot in slots:
+            self.errors.pop(int(slot), None)
+        self._observations = self._observations.copy()
+        self._observations[slots] = self._reset(slots, seeds)
+        self._steps[slots] = 0
+        self.active[slots] = [int(slot) not in self.errors for slot in slots]
         return self._observations
 
     def step(self, actions: np.ndarray) -> StepResult:
@@ -78,20 +102,21 @@ class BatchedEnvs:
         observations, rewards = self._observations.copy(), np.zeros(len(self.tasks))
         terminated = np.zeros(len(self.tasks), bool)
         observations[live], rewards[live], terminated[live], infos = self._step(live, actions[live])
-        self._steps += 1
-        truncated = self.active & ~terminated if self._steps >= self.family.horizon else np.zeros_like(terminated)
+        self._steps[live] += 1
+        truncated = self.active & ~terminated & (self._steps >= self.family.horizon)
         spread = {}
         for name, values in infos.items():
             spread[name] = np.zeros(len(self.tasks))
             spread[name][live] = values
         self.active &= ~(terminated | truncated)
+        self.active[list(self.errors)] = False
         self._observations = observations
         return StepResult(observations, rewards, terminated, truncated, spread)
 
     def close(self) -> None:
         """Release threads and renderers."""
 
-    def _reset(self, seeds: Sequence[int]) -> np.ndarray:
+    def _reset(self, slots: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
         raise NotImplementedError
 
     def _step(
@@ -109,10 +134,11 @@ class BatchedPointRobots(BatchedEnvs):
         pairs = [self._class.goal_and_wind(task) for task in tasks]
         self._goals = np.array([goal for goal, _ in pairs], np.float64)
         self._winds = np.array([wind for _, wind in pairs], np.float64)
+        self._positions = np.zeros((len(tasks), 2))
 
-    def _reset(self, seeds: Sequence[int]) -> np.ndarray:
-        self._positions = np.zeros((len(self.tasks), 2))
-        return self._positions.astype(np.float32)
+    def _reset(self, slots: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+        self._positions[slots] = 0.0
+        return self._positions[slots].astype(np.float32)
 
     def _step(
         self, live: np.ndarray, actions: np.ndarray
@@ -151,14 +177,17 @@ class BatchedLocomotion(BatchedEnvs):
         for env in self._makers:
             env.close()
 
-    def _reset(self, seeds: Sequence[int]) -> np.ndarray:
-        for env, data, seed in zip(self._envs, self._data, seeds, strict=True):
-            rng, _ = seeding.np_random(int(seed))
-            mujoco.mj_resetData(env.model, data)
-            data.qpos[:], data.qvel[:] = env.draw_start(rng)
-            mujoco.mj_forward(env.model, data)
-        self._state = self._gather(range(len(self._data)))
-        return self._class.observe(self._state)
+    def _reset(self, slots: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+        for slot, seed in zip(slots, seeds, strict=True):
+            env, data = self._envs[slot], self._data[slot]
+            try:
+                rng, _ = seeding.np_random(int(seed))
+                mujoco.mj_resetData(env.model, data)
+                data.qpos[:], data.qvel[:] = env.draw_start(rng)
+                mujoco.mj_forward(env.model, data)
+            except Exception as error:
+                self.errors[int(slot)] = error
+        return finite(self._class.observe(self._gather(slots)))
 
     def _step(
         self, live: np.ndarray, actions: np.ndarray
@@ -181,8 +210,11 @@ class BatchedLocomotion(BatchedEnvs):
     def _advance(self, indices: np.ndarray) -> None:
         for index in indices:
             env, data = self._envs[index], self._data[index]
-            mujoco.mj_step(env.model, data, nstep=env.frame_skip)
-            mujoco.mj_rnePostConstraint(env.model, data)
+            try:
+                mujoco.mj_step(env.model, data, nstep=env.frame_skip)
+                mujoco.mj_rnePostConstraint(env.model, data)
+            except Exception as error:
+                self.errors[int(index)] = error
 
     def _gather(self, indices: Sequence[int] | np.ndarray) -> State:
         data, torso = [self._data[i] for i in indices], self._envs[0].torso_id
@@ -210,7 +242,10 @@ def make_batch(family: TaskFamily, tasks: Sequence[TaskParameters], threads: int
 
 
 def rollout(envs: BatchedEnvs, policy: Policy, seeds: Sequence[int]) -> Rollouts:
-    """Roll one episode out in every environment of the batch. The float32 action recorded is the one stepped."""
+    """Roll one episode out in every environment of the batch. The float32 action recorded is the one stepped.
+
+    Raises `EnvironmentFailure` when an environment did.
+    """
     m, horizon = len(envs.tasks), envs.family.horizon
     observations = np.zeros((m, horizon + 1, envs.family.obs_dim), np.float32)
     actions = np.zeros((m, horizon, envs.family.act_dim), np.float32)
@@ -218,10 +253,12 @@ def rollout(envs: BatchedEnvs, policy: Policy, seeds: Sequence[int]) -> Rollouts
     infos: dict[str, np.ndarray] = {}
     terminated = np.zeros(m, bool)
     observations[:, 0] = current = envs.reset(seeds)
+    _raise_first(envs)
     for t in range(horizon):
         live = envs.active.copy()
         chosen = np.clip(np.asarray(policy(current), np.float32), -1.0, 1.0)
         result = envs.step(chosen)
+        _raise_first(envs)
         current = result.observations
         observations[live, t + 1], actions[live, t], rewards[:, t] = current[live], chosen[live], result.rewards
         for name, values in result.infos.items():
@@ -231,3 +268,8 @@ def rollout(envs: BatchedEnvs, policy: Policy, seeds: Sequence[int]) -> Rollouts
         if not envs.active.any():
             break
     return Rollouts(observations, actions, rewards, infos, lengths, terminated)
+
+
+def _raise_first(envs: BatchedEnvs) -> None:
+    for slot, error in envs.errors.items():
+        raise EnvironmentFailure(envs.tasks[slot], error) from error

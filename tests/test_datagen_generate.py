@@ -42,7 +42,7 @@ def test_every_checkpoint_is_rolled_out_and_every_return_kept(collection):
         sac_steps, returns = collection.load_evaluation(entry.index)
         assert sac_steps.tolist() == [0, 23, 46, 70]
         assert np.sort(returns.ravel()).tolist() == np.sort(episodes.returns).tolist()
-        assert entry.record.behaviour == {"algorithm": "SAC", **to_dict(TINY.sac)}
+        assert entry.record.behaviour == {"algorithm": "SAC", "engine": "sb3", **to_dict(TINY.sac)}
 
 
 def test_rewards_follow_from_the_stored_positions(collection):

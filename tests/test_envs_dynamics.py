@@ -187,7 +187,7 @@ def test_a_fall_at_the_horizon_is_terminated_not_truncated():
     assert (terminated, truncated) == (True, False)
     batch = make_batch(family, [env.task], threads=1)
     batch.reset([0])
-    batch._steps = family.horizon - 1
+    batch._steps[:] = family.horizon - 1
     batch._data[0].qpos[1] = 0.0
     result = batch.step(np.zeros((1, 6), np.float32))
     assert result.terminated.all()

@@ -35,14 +35,16 @@ def finish(*arguments, **options):
     return process.returncode, output
 
 
-def test_generate_survives_twenty_kills(tmp_path):
-    code, output = finish(*GENERATE, "-o", tmp_path / "straight")
+@pytest.mark.parametrize("engine", ["sb3", "fleet"])
+def test_generate_survives_twenty_kills(tmp_path, engine):
+    generate = [*GENERATE, "--engine", engine, "--set", "fleet.size=2"]
+    code, output = finish(*generate, "-o", tmp_path / "straight")
     assert code == 0, output
     expected = open_collection(tmp_path / "straight").content_hash
     moments, kills = random.Random(0), 0
     path = tmp_path / "killed"
     while kills < 20:
-        process = start(*GENERATE, "-o", path, start_new_session=True)
+        process = start(*generate, "-o", path, start_new_session=True)
         try:
             # the first four seconds or so are imports; most kills shall hit the work
             process.wait(timeout=moments.uniform(2.0, 9.0))
@@ -56,7 +58,7 @@ def test_generate_survives_twenty_kills(tmp_path):
             if kills < 20:  # it finished between two kills: start over elsewhere, so that all 20 hit work under way
                 assert_complete(path, expected)
                 path = tmp_path / f"killed-{kills}"
-    code, output = finish(*GENERATE, "-o", path)
+    code, output = finish(*generate, "-o", path)
     assert code == 0, output
     assert_complete(path, expected)
 
@@ -109,14 +111,16 @@ def limited_files(size):
     return limit
 
 
+@pytest.mark.parametrize("engine", ["sb3", "fleet"])
 @pytest.mark.parametrize("size", [300, 3_000, 12_000])
-def test_generate_on_a_full_disk(tmp_path, size):
-    code, output = finish(*GENERATE, "-o", tmp_path / "point", preexec_fn=limited_files(size))
+def test_generate_on_a_full_disk(tmp_path, size, engine):
+    generate = [*GENERATE, "--engine", engine, "--set", "fleet.size=2"]
+    code, output = finish(*generate, "-o", tmp_path / "point", preexec_fn=limited_files(size))
     assert code == 1, output
     assert "Traceback" not in output
     assert "free" in output
     assert "run the same command again" in output
-    code, output = finish(*GENERATE, "-o", tmp_path / "point")
+    code, output = finish(*generate, "-o", tmp_path / "point")
     assert code == 0, output
     assert verify_collection(tmp_path / "point").episodes == EPISODES
 

@@ -1,0 +1,91 @@
+"""Stage one on a Ray cluster: two real nodes on the loopback, one of which dies half-way."""
+
+import dataclasses
+import sys
+
+import numpy as np
+import pytest
+
+from focal import FocalError
+from focal.datagen import GenerateRequest, Progress, generate, generate_settings
+from focal.datasets import verify_collection
+from focal.settings import override
+
+TINY = override(
+    generate_settings("sparse-point-robot", "smoke"),
+    {"engine": "fleet", "fleet.size": 2, "n_train": 5, "n_test": 1, "checkpoints": 6, "sac.total_steps": 420,
+     "sac.learning_starts": 30, "sac.batch_size": 32, "sac.hidden_sizes": "32,32"},
+)  # fmt: skip
+
+
+def request(path, **changes):
+    settings = dataclasses.replace(TINY, **changes)
+    return GenerateRequest("point", path, settings, "smoke", seed=4, workers=1, device="cpu")
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """The cluster and its second node; every node has one core."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray reads 127.0.0.1 as the machine's other name
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    options = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20}
+    made = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
+    second = made.add_node(**options)
+    made.wait_for_nodes()
+    yield made, second
+    made.shutdown()
+
+
+class Killer(Progress):
+    """Kills a node as soon as a task of each node has trained a while."""
+
+    def __init__(self, kill):
+        self.kill, self.steps, self.killed_at = kill, {}, None
+        self.sealed = []
+
+    def update(self, task, what, value):
+        if what == "sealed":
+            self.sealed.append(task)
+        if what == "steps":
+            self.steps[task] = self.steps.get(task, 0) + value
+        busy = {task // 2 for task, steps in self.steps.items() if 0 < steps < 420}
+        if self.killed_at is None and len(busy) >= 2:
+            self.killed_at = dict(self.steps)
+            self.kill()
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_half_way_costs_nothing(tmp_path, two_nodes):
+    nodes, second = two_nodes
+    one_machine = generate(request(tmp_path / "one"))
+    killer = Killer(lambda: nodes.remove_node(second, allow_graceful=False))
+    wanted = dataclasses.replace(request(tmp_path / "two"), ray=nodes.address)
+    made = generate(wanted, killer)
+    assert killer.killed_at is not None, "the node must have died while both were at work"
+    assert sorted(killer.sealed) == list(range(6))
+    assert verify_collection(made.path).episodes == 6 * 7 * 3
+    assert made.content_hash == one_machine.content_hash
+    for entry in one_machine.tasks:
+        expected, found = one_machine.load(entry.index), made.load(entry.index)
+        for field in dataclasses.fields(expected):
+            value = getattr(expected, field.name)
+            if isinstance(value, np.ndarray):
+                assert np.array_equal(value, getattr(found, field.name)), (entry.index, field.name)
+        assert made.tasks[entry.index].content == entry.content
+
+
+def test_an_address_where_nothing_answers(tmp_path):
+    pytest.importorskip("ray")
+    with pytest.raises(FocalError, match=r"no Ray cluster at '127.0.0.1:9' .*; start one with `ray start --head`"):
+        generate(dataclasses.replace(request(tmp_path / "x"), ray="127.0.0.1:9"))
+
+
+def test_without_ray_everything_else_works(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    with pytest.raises(FocalError, match=r"--ray needs Ray; install it: pip install 'focal-omrl\[cluster\]'"):
+        generate(dataclasses.replace(request(tmp_path / "x"), ray="auto"))
+    tiny = {"n_train": 1, "n_test": 1, "checkpoints": 1, "sac": dataclasses.replace(TINY.sac, total_steps=40)}
+    assert verify_collection(generate(request(tmp_path / "y", **tiny)).path).episodes == 2 * 2 * 3
