@@ -23,6 +23,8 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: one thread a process, as stage one runs
 
+import itertools
+
 import torch
 
 from focal.console import print_table
@@ -43,7 +45,7 @@ def products_of(family: TaskFamily, settings: SacSettings) -> float:
 
     def layers(inputs: int, outputs: int) -> list[int]:
         widths = [inputs, *settings.hidden_sizes, outputs]
-        return [2 * a * b * settings.batch_size for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        return [2 * a * b * settings.batch_size for a, b in itertools.pairwise(widths)]
 
     actor, critic = layers(family.obs_dim, 2 * family.act_dim), layers(family.obs_dim + family.act_dim, 1)
     forward = 2 * sum(actor) + 3 * 2 * sum(

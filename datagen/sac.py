@@ -203,7 +203,9 @@ class SacStack:
         gradient = smaller_value_gradient(self._values(self.critic, pairs))
         by_critic = self.critic.input_gradient(_per_critic(gradient), self._scratch.critic, self._obs_dim)
         action_gradient = by_critic.unflatten(0, (-1, 2)).sum(1)  # (K, A, B)
-        self.actor.backward(self._scratch.states, policy_gradient(current, action_gradient, temperature), self._scratch.actor)
+        self.actor.backward(
+            self._scratch.states, policy_gradient(current, action_gradient, temperature), self._scratch.actor
+        )
         self._temperature_gradient.copy_(temperature_gradient(current.log_probs, -float(self._act_dim)))
         self._actor_adam.step()
         self.actor.refresh()
