@@ -12,6 +12,7 @@ products, measured in the same round in as many processes. Every environment ste
 import argparse
 import cProfile
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -48,9 +49,7 @@ def products_of(family: TaskFamily, settings: SacSettings) -> float:
         return [2 * a * b * settings.batch_size for a, b in itertools.pairwise(widths)]
 
     actor, critic = layers(family.obs_dim, 2 * family.act_dim), layers(family.obs_dim + family.act_dim, 1)
-    forward = 2 * sum(actor) + 3 * 2 * sum(
-        critic
-    )  # actor at s and s'; targets, critics, critics at the policy's actions
+    forward = 2 * sum(actor) + 3 * 2 * sum(critic)  # actor: s, s'; both targets: s'; both critics: logged a, own a
     weights = sum(actor) + 2 * sum(critic)
     to_actions = 2 * critic[0] * family.act_dim / (family.obs_dim + family.act_dim)
     inputs = sum(actor[1:]) + 2 * 2 * sum(critic[1:]) + to_actions
@@ -80,7 +79,7 @@ def trainer(engine: str, family: TaskFamily, agents: int) -> tuple[Any, int]:
         agent = SacAgent(family, parameters(family, 1)[0], short(family), lambda chunk: chunk)
         return lambda steps: agent.train_chunk(steps, lambda done: None), 1
     fleet = new_fleet(family, agents, engine.removeprefix("fleet "))
-    return lambda steps: fleet.train_chunk(steps, lambda done: None), agents
+    return lambda steps: fleet.train_chunk(steps, lambda slots, done: None), agents
 
 
 def work(engine: str, family_name: str, agents: int, seconds: float, barrier: Any, results: Any) -> None:
@@ -92,8 +91,8 @@ def work(engine: str, family_name: str, agents: int, seconds: float, barrier: An
     else:
         train, count = trainer(engine, get_family(family_name), agents)
         train(WARM_UP)
-        # chunks long enough that the fresh episode at the start of each does not count
-        steps = 200 if count == 1 else 40
+        # long enough that the fresh episode at the start of each chunk does not count
+        steps = max(10, 200 // count)
         per_call, call = count * steps, lambda: train(steps)
     call()
     barrier.wait()
@@ -102,9 +101,8 @@ def work(engine: str, family_name: str, agents: int, seconds: float, barrier: An
         call()
         done += per_call
     wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    results.put(
-        {"rate": done / wall, "cpu": cpu / done, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    )
+    mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    results.put({"rate": done / wall, "cpu": cpu / done, "mib": mib})
 
 
 def measure(engine: str, family: TaskFamily, arguments: argparse.Namespace) -> dict[str, float]:
@@ -171,10 +169,10 @@ def profile(family: TaskFamily, arguments: argparse.Namespace) -> list[dict[str,
     """Shares of one fleet's time by kind of work (one process; the profiler itself adds to Python's share)."""
     torch.set_num_threads(1)
     fleet = new_fleet(family, arguments.agents, "fp32")
-    fleet.train_chunk(WARM_UP, lambda done: None)
+    fleet.train_chunk(WARM_UP, lambda slots, done: None)
     profiler = cProfile.Profile()
     profiler.enable()
-    fleet.train_chunk(60, lambda done: None)
+    fleet.train_chunk(60, lambda slots, done: None)
     profiler.disable()
     shares = dict.fromkeys([*SHARES, "Python"], 0.0)
     functions: dict[tuple[str, int, str], Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
@@ -203,9 +201,8 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"rows": rows, "load before": load, "provenance": provenance()}, indent=2))
     else:
-        print_table(
-            rows, f"{provenance()['cpu']}, {arguments.processes} processes of one thread, load before {load:.1f}"
-        )
+        where = f"{provenance()['cpu']}, {arguments.processes} processes of one thread, load before {load:.1f}"
+        print_table(rows, where)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def _train(tasks: Sequence[TaskJob], folder: Path, device: str, report: Report) 
     gone = {slot for slot, task in enumerate(tasks) if not alone and _has_left(task)}
     for slot in gone:
         fleet.park(slot, "left earlier")
-    steps = _StepCount(tasks, fleet, report)
-    steps.add(fleet.steps)
+    steps = _StepCount(tasks, report)
+    steps.add(fleet.live, fleet.steps)
     failed: dict[int, str] = {}
     while True:
         _publish(tasks, fleet, device)
@@ -165,14 +165,14 @@ def _seal(task: TaskJob, job: FleetJob, report: Report, reasons: dict[int, str])
 
 
 class _StepCount:
-    """Reports the steps of the live agents, and takes back those of one that has to do them again."""
+    """Reports steps, and takes back those of an agent that has to do them again."""
 
-    def __init__(self, tasks: Sequence[TaskJob], fleet: Fleet, report: Report):
-        self._tasks, self._fleet, self._report = tasks, fleet, report
+    def __init__(self, tasks: Sequence[TaskJob], report: Report):
+        self._tasks, self._report = tasks, report
         self._counts = [0] * len(tasks)
 
-    def add(self, steps: int) -> None:
-        for slot in self._fleet.live:
+    def add(self, slots: Sequence[int], steps: int) -> None:
+        for slot in slots:
             self._counts[slot] += steps
             self._report(self._tasks[slot].index, "steps", steps)
 

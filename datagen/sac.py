@@ -7,7 +7,7 @@ return (K, ...) tensors, and nothing passes from one agent to another: a NaN sta
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -216,7 +216,7 @@ class SacStack:
         return critics.forward(self._scratch.pairs.flatten(0, 1), self._scratch.critic).unflatten(0, (-1, 2)).squeeze(2)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the whole state by name, agents first; whoever writes to it calls `refresh` afterwards."""
+        """Return the whole state by name, agents first, as views."""
         actor, critic = self._actor_adam, self._critic_adam
         state = {
             "log_temperature": self.log_temperature,
@@ -241,14 +241,20 @@ class SacStack:
         """Steps the optimisers have taken."""
         return int(self._critic_adam.steps[0])
 
-    def set_updates(self, updates: int) -> None:
-        """Tell the optimisers how many steps the loaded state has behind it."""
+    def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Take over a state that `tensors` gave after `updates` updates."""
+        state = self.tensors()
+        assert sorted(state) == sorted(tensors), sorted(set(state) ^ set(tensors))
+        for name, tensor in state.items():
+            assert tensors[name].shape == tensor.shape, name
+            tensor.copy_(tensors[name])
         for optimiser in (self._actor_adam, self._critic_adam):
             for steps in optimiser.steps:
                 steps.fill_(updates)
+        self.refresh()
 
     def refresh(self) -> None:
-        """Take over parameters that were written into `tensors`."""
+        """Take over parameters that were written to directly."""
         for network in (self.actor, self.critic, self.target):
             network.refresh()
 

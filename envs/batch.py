@@ -71,7 +71,7 @@ class BatchedEnvs:
     """M episodes of one family, each with its own task. `step` leaves episodes that have ended alone.
 
     An environment that raises spoils no other: its error is kept in `errors` by position, and it stays inactive until
-    it is started again.
+    it is started again. `observations` (M, obs_dim) are the current ones.
     """
 
     def __init__(self, family: TaskFamily, tasks: Sequence[TaskParameters]):
@@ -79,7 +79,7 @@ class BatchedEnvs:
         self.active = np.zeros(len(tasks), bool)
         self.errors: dict[int, Exception] = {}
         self._steps = np.zeros(len(tasks), np.int64)
-        self._observations = np.zeros((len(tasks), family.obs_dim), np.float32)
+        self.observations = np.zeros((len(tasks), family.obs_dim), np.float32)
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
         """Start M new episodes, each with its own reset seed, and return their first observations (M, obs_dim)."""
@@ -90,16 +90,16 @@ class BatchedEnvs:
         """Start new episodes at the positions `slots` only; return all current observations (M, obs_dim)."""
         for slot in slots:
             self.errors.pop(int(slot), None)
-        self._observations = self._observations.copy()
-        self._observations[slots] = self._reset(slots, seeds)
+        self.observations = self.observations.copy()
+        self.observations[slots] = self._reset(slots, seeds)
         self._steps[slots] = 0
         self.active[slots] = [int(slot) not in self.errors for slot in slots]
-        return self._observations
+        return self.observations
 
     def step(self, actions: np.ndarray) -> StepResult:
         """Apply actions (M, act_dim)."""
         live = np.flatnonzero(self.active)
-        observations, rewards = self._observations.copy(), np.zeros(len(self.tasks))
+        observations, rewards = self.observations.copy(), np.zeros(len(self.tasks))
         terminated = np.zeros(len(self.tasks), bool)
         observations[live], rewards[live], terminated[live], infos = self._step(live, actions[live])
         self._steps[live] += 1
@@ -110,7 +110,7 @@ class BatchedEnvs:
             spread[name][live] = values
         self.active &= ~(terminated | truncated)
         self.active[list(self.errors)] = False
-        self._observations = observations
+        self.observations = observations
         return StepResult(observations, rewards, terminated, truncated, spread)
 
     def close(self) -> None:

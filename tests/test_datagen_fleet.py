@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from focal.datagen.fleet import Fleet, group_size, single_out
+from focal.datagen import group as group_module
+from focal.datagen.fleet import Fleet, single_out
+from focal.datagen.group import group_size
 from focal.datagen.learner import read_progress
 from focal.datagen.settings import SacSettings
 from focal.envs import get_family
@@ -26,16 +28,15 @@ def new_fleet(tasks, settings=TINY, name="point", **options):
 
 
 def replay(fleet):
-    return torch.cat([group.replay[:, : fleet.steps] for group in fleet._groups])
+    return torch.cat([group.replay[:, : fleet.steps] for _, group in fleet.groups])
 
 
 def train(fleet, steps):
-    fleet.train_chunk(steps, lambda count: None)
+    fleet.train_chunk(steps, lambda slots, count: None)
 
 
-def drawn_numbers(fleet, task):
-    group = fleet._groups[task // group_size(fleet.settings)]
-    row = task - group.slots.start
+def drawn_numbers(fleet, slot):
+    group, row = fleet._place(slot)
     return group.drawn[row].clone(), group.noise[row].clone()
 
 
@@ -49,12 +50,13 @@ def test_alone_and_in_a_fleet_of_16_an_agent_draws_the_same_and_learns_the_same(
     assert torch.equal(replay(together)[9], replay(alone)[0]), "uniformly random actions: the same to the bit"
     for _ in range(100):
         for fleet in (together, alone):
-            fleet._update()
+            for _, group in fleet.groups:
+                group.update()
         for mine, theirs in zip(drawn_numbers(alone, 0), drawn_numbers(together, 9), strict=True):
             assert torch.equal(mine, theirs)
-    states = together._tensors(), alone._tensors()
+    states = together.tensors(), alone.tensors()
     difference = max((states[0][name][9] - states[1][name][0]).abs().max().item() for name in states[0])
-    untrained = new_fleet([9], settings, dtype=dtype)._tensors()
+    untrained = new_fleet([9], settings, dtype=dtype).tensors()
     assert (states[1]["actor.0.weight"] - untrained["actor.0.weight"]).abs().max() > 0.01
     assert difference < tolerance
 
@@ -62,29 +64,27 @@ def test_alone_and_in_a_fleet_of_16_an_agent_draws_the_same_and_learns_the_same(
 def test_agents_of_one_fleet_draw_different_numbers():
     fleet = new_fleet(range(3))
     train(fleet, 40)
-    for group in fleet._groups:
+    for _, group in fleet.groups:
         assert len({tuple(row.tolist()) for row in group.drawn}) == 3
         assert len({tuple(row.flatten().tolist()) for row in group.noise}) == 3
 
 
 def test_groups_do_not_change_what_is_drawn_or_learnt(monkeypatch):
-    import focal.datagen.fleet as module
-
     whole = new_fleet(range(5))
-    monkeypatch.setattr(module, "_CACHE", 2 * 2 * TINY.batch_size * 16 * 4)
+    monkeypatch.setattr(group_module, "_CACHE", 2 * 2 * TINY.batch_size * 16 * 4)
     split = new_fleet(range(5))
-    assert [group.slots for group in split._groups] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert [slots for slots, _ in split.groups] == [slice(0, 2), slice(2, 4), slice(4, 5)]
     for fleet in (whole, split):
         train(fleet, 60)
     assert torch.allclose(replay(whole), replay(split), atol=1e-4)
-    for name, value in whole._tensors().items():
-        assert torch.allclose(value, split._tensors()[name], atol=1e-3), name
+    for name, value in whole.tensors().items():
+        assert torch.allclose(value, split.tensors()[name], atol=1e-3), name
 
 
 def test_a_stack_fills_the_cache():
-    # two critics, 256 rows of 256 float32: half a MiB a stack of one, so four fill 2 MiB
-    assert group_size(SacSettings(hidden_sizes=(256, 256), batch_size=256)) == 4
-    assert group_size(SacSettings(hidden_sizes=(64, 64), batch_size=256)) == 16
+    # two critics, 256 rows of 64 float32: 128 KiB a stack of one, so four fill 512 KiB
+    assert group_size(SacSettings(hidden_sizes=(64, 64), batch_size=256)) == 4
+    assert group_size(SacSettings(hidden_sizes=(256, 256), batch_size=256)) == 1
     assert group_size(SacSettings(hidden_sizes=(4096,), batch_size=4096)) == 1
 
 
@@ -122,9 +122,9 @@ def test_when_updates_begin_and_how_many():
     settings = dataclasses.replace(TINY, learning_starts=20, update_every=4, updates_each=3)
     fleet = new_fleet([0], settings)
     train(fleet, 20)
-    assert fleet.updates == 0, "like stable-baselines3, from the step after learning_starts on"
+    assert fleet.groups[0][1].updates == 0, "like stable-baselines3, from the step after learning_starts on"
     train(fleet, 40)
-    assert fleet.updates == 3 * 10
+    assert fleet.groups[0][1].updates == 3 * 10
     first = replay(fleet)[0, :20, 2:4]
     assert first.abs().mean() == pytest.approx(0.5, abs=0.12), "uniform in [-1, 1]"
 
@@ -132,15 +132,15 @@ def test_when_updates_begin_and_how_many():
 def test_progress_adds_up():
     steps = []
     fleet = new_fleet([0, 1])
-    fleet.train_chunk(150, steps.append)
-    fleet.train_chunk(50, steps.append)
-    assert steps == [100, 50, 50]
+    for count in (150, 50):
+        fleet.train_chunk(count, lambda slots, more: steps.append((slots, more)))
+    assert steps == [([0, 1], 100), ([0, 1], 50), ([0, 1], 50)]
 
 
 def same(first, second, slots=slice(None)):
     assert torch.equal(replay(first)[slots], replay(second)[slots])
-    for name, value in first._tensors().items():
-        assert torch.equal(value[slots], second._tensors()[name][slots]), name
+    for name, value in first.tensors().items():
+        assert torch.equal(value[slots], second.tensors()[name][slots]), name
 
 
 def test_a_restored_fleet_continues_bit_for_bit(tmp_path):
@@ -155,14 +155,14 @@ def test_a_restored_fleet_continues_bit_for_bit(tmp_path):
     train(first, 40)  # killed here: this chunk was never saved
     second = new_fleet(range(3))
     assert second.restore(tmp_path)
-    assert (second.chunk, second.steps, second.updates) == (1, 40, 10)
+    assert (second.chunk, second.steps, second.groups[0][1].updates) == (1, 40, 10)
     for _ in range(2):
         train(second, 40)
         second.save(tmp_path)
     third = new_fleet(range(3))
     assert third.restore(tmp_path)
-    assert straight.updates == second.updates == third.updates == 90
     for fleet in (second, third):
+        assert fleet.groups[0][1].updates == straight.groups[0][1].updates == 90
         same(fleet, straight)
 
 
@@ -170,7 +170,7 @@ def test_a_nan_in_one_agent_reaches_no_other():
     healthy, sick = new_fleet(range(3)), new_fleet(range(3))
     for fleet in (healthy, sick):
         train(fleet, 40)
-    sick._groups[0].stack.actor.weights[1][1, 3, 2] = float("nan")
+    sick.groups[0][1].stack.actor.weights[1][1, 3, 2] = float("nan")
     for fleet in (healthy, sick):
         train(fleet, 40)
     assert list(sick.parked) == [1]
@@ -181,7 +181,7 @@ def test_a_nan_in_one_agent_reaches_no_other():
 
 def test_a_nan_that_no_action_shows_is_found_at_the_end_of_the_chunk():
     fleet = new_fleet(range(2), dataclasses.replace(TINY, learning_starts=200))
-    fleet._groups[0].stack.target.weights[0][2, 0, 0] = float("inf")  # the second agent's first target critic
+    fleet.groups[0][1].stack.target.weights[0][2, 0, 0] = float("inf")  # the second agent's first target critic
     train(fleet, 10)
     assert list(fleet.parked) == [1]
     assert "parameters were not finite at step 10" in fleet.parked[1]
@@ -192,7 +192,7 @@ def test_an_environment_that_raises_stops_its_own_agent_only(monkeypatch):
 
     name, steps = "cheetah-dir", 30
     healthy, broken = new_fleet(range(2), name=name), new_fleet(range(2), name=name)
-    victim, real, calls = broken._envs._data[0], mujoco.mj_step, []
+    victim, real, calls = broken.groups[0][1].envs._data[0], mujoco.mj_step, []
 
     def breaking(model, data, **options):
         if data is victim:
@@ -218,8 +218,8 @@ def test_one_agent_singled_out_continues_alone_with_other_numbers(tmp_path):
     alone = new_fleet([5])
     assert alone.restore(tmp_path / "task")
     assert torch.equal(replay(alone)[0], replay(fleet)[1])
-    for name, value in alone._tensors().items():
-        assert torch.equal(value[0], fleet._tensors()[name][1]), name
+    for name, value in alone.tensors().items():
+        assert torch.equal(value[0], fleet.tensors()[name][1]), name
     train(fleet, 5)
     train(alone, 5)
     assert not torch.equal(replay(alone)[0, 40:, 2:4], replay(fleet)[1, 40:, 2:4])

@@ -139,10 +139,10 @@ def poison(monkeypatch, task_goal, chunks, attempts=(0,)):
 
     def train_chunk(self, steps, on_steps):
         if self.chunk + 1 in chunks and len(self.failures) in attempts:
-            for slot, task in enumerate(self._envs.tasks):
-                if task == task_goal:
-                    group = self._group(slot)
-                    group.stack.actor.weights[0][slot - group.slots.start, 0, 0] = float("nan")
+            for _, group in self.groups:
+                for row, task in enumerate(group.envs.tasks):
+                    if task == task_goal:
+                        group.stack.actor.weights[0][row, 0, 0] = float("nan")
         real(self, steps, on_steps)
 
     monkeypatch.setattr(Fleet, "train_chunk", train_chunk)
@@ -344,7 +344,7 @@ def test_the_estimate_covers_what_a_fleet_allocates(precision):
                 count(item)
 
     count(fleet)
-    copied = sum(tensor.nbytes for tensor in fleet._tensors().values())
+    copied = sum(tensor.nbytes for tensor in fleet.tensors().values())
     assert total + copied < fleet_memory(family, 6, settings).total < 1.5 * (total + copied)
 
 
