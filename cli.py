@@ -317,6 +317,27 @@ def _print_result(document: Any, as_json: bool, show: Callable[[], None]) -> Non
 
 
 @main.command()
+@click.argument("runs_shown", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--rollouts/--no-rollouts", default=True, help="Play and show some episodes.")
+@stores_option
+@runs_option
+def report(runs_shown: Sequence[Path], output: Path, rollouts: bool, stores: Path, runs: Path) -> None:
+    """Write one HTML page about runs: results, embeddings, training, episodes, data, settings, commands.
+
+    It needs no network, can be mailed, and defaults to the newest run. A run that was never tested is tested first.
+    """
+    import torch
+
+    from .experiment import newest_run
+    from .reporting import write_report
+
+    torch.set_num_threads(1)
+    written = write_report(runs_shown or [newest_run(runs)], stores, output, rollouts)
+    click.echo(f"saved {written} ({written.stat().st_size / 2**20:.1f} MiB); open it in a browser")
+
+
+@main.command()
 @click.argument("kind", required=False, type=click.Choice(["figure", "table"]))
 @click.argument("number", required=False)
 @click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True)
