@@ -65,7 +65,7 @@ test: $(READY) ## The fast tests
 test-slow: $(READY) ## The slow tests: killed processes, learning
 	$(BIN)/pytest -m slow
 
-reproduce: $(READY) ## A FIGURE or TABLE of the paper (FIGURE=8), or a RESULT of docs/results.md (RESULT=point)
+reproduce: $(READY) ## A FIGURE or TABLE of the paper (FIGURE=8), or a RESULT of docs/results.md: point, point-joint, cheetah-dir
 ifdef FIGURE
 	$(CLI) reproduce figure $(FIGURE) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
 else ifdef TABLE

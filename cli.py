@@ -1,8 +1,11 @@
 """`focal-cli`: parse, resolve settings, make one call, print. Heavy imports wait until a verb needs them."""
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from .errors import FocalError, UsageError
 
 SCALES = ("smoke", "laptop", "paper")
 QUALITIES = ("random", "medium", "expert", "mixed")
+METHODS = ("focal", "batch-pearl", "contextual-bcq", "mbml")
+PROTOCOLS = ("offline", "shift", "online", "mbml")
 
 
 class Cli(click.Group):
@@ -42,6 +47,16 @@ def explain(error: Exception) -> str:
         return str(disk_full(place)) if is_disk_full(error) else f"{place}: {error.strerror or error}"
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}; that is our mistake: please report it with what --debug prints"
+
+
+class Location(click.ParamType):
+    """A path on this machine, or the URL of a bundle on an object store, whose two slashes a path would lose."""
+
+    name = "path or URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """See click."""
+        return value if isinstance(value, Path) or "://" in value else Path(value)
 
 
 def stores_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +108,7 @@ def envs(as_json: bool) -> None:
 
 @main.group()
 def data() -> None:
-    """Make, list, show, check and re-label collections."""
+    """Make, list, show, check, re-label, import, export and merge collections."""
 
 
 @data.command()
@@ -161,11 +176,11 @@ def list_(stores: Path, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the returns of all episodes.")
 @json_option
-def show(path: Path, plot: Path | None, as_json: bool) -> None:
-    """Show a collection: its card, its tasks, episodes and returns per quality, and what never learnt."""
+def show(path: Path | str, plot: Path | None, as_json: bool) -> None:
+    """Show a collection, folder or s3:// URL: its card, tasks, episodes and returns per quality, what never learnt."""
     from .console import collection_document, print_collection
     from .datasets import open_collection
 
@@ -182,10 +197,10 @@ def show(path: Path, plot: Path | None, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @json_option
-def verify(path: Path, as_json: bool) -> None:
-    """Check every byte of a collection against what it says of itself."""
+def verify(path: Path | str, as_json: bool) -> None:
+    """Check every byte of a collection, in a folder or at an s3:// URL, against what it says of itself."""
     from .datasets import verify_collection
 
     report = verify_collection(path)
@@ -198,10 +213,10 @@ def verify(path: Path, as_json: bool) -> None:
 
 
 @data.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Location())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new version.")
 @set_option
-def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
+def relabel(path: Path | str, output: Path, assignments: Sequence[str]) -> None:
     """Cut the quality levels anew, for example --set expert_from=0.8, into a new version."""
     from .console import print_collection
     from .datasets import open_collection, relabel_collection
@@ -211,15 +226,277 @@ def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
     print_collection(relabel_collection(path, output, rule))
 
 
+@data.command("import")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.option("--format", "form", type=click.Choice(["unicorn", "d4rl", "minari", "focal-iclr"]), required=True)
+@click.option("--env", "env_name", required=True, help="Task family of the data, see `focal-cli envs`.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the collection.")
+@click.option("--licence", required=True, help="The data's own licence, an SPDX identifier.")
+@click.option("--author", "authors", multiple=True, help="May be given several times.")
+@click.option("--name", help="[default: FAMILY-FORMAT]")
+@click.option("--tasks", "tasks_file", type=click.Path(path_type=Path), help="JSON file of parameters and splits.")
+@click.option("--split", metavar="TRAIN/TEST", help="Numbers of tasks. [default: the family's proportion]")
+@click.option("--label", type=click.Choice(["scores", "random", "medium", "expert"]),
+              help="Quality of all episodes, or computed from returns. [default: none]")  # fmt: skip
+@click.option("--horizon", type=click.IntRange(1), help="Time limit of the data. [default: the family's]")
+@click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True, help="Default to train at.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of split and held-out episodes.")
+def import_(
+    source: Path, form: str, env_name: str, output: Path, licence: str, authors: Sequence[str], name: str | None,
+    tasks_file: Path | None, split: str | None, label: Any, horizon: int | None, scale: str, seed: int,
+) -> None:  # fmt: skip
+    """Import data that others collected (docs/exchange.md): pickles only with --format focal-iclr, in a sandbox."""
+    from .bars import TaskBar
+    from .console import print_collection
+    from .datasets.importing import ImportRequest, import_collection, list_tasks
+    from .importing import expert_test, family_facts, plan_tasks
+    from .provenance import provenance
+
+    facts = family_facts(env_name, horizon)
+    tasks = plan_tasks(env_name, list_tasks(source, form), tasks_file, split, seed)
+    request = ImportRequest(
+        source, form, output, facts, tasks, licence, tuple(authors), name, label, seed, scale, provenance(),
+        expert_test(env_name, facts.horizon),
+    )  # fmt: skip
+    with TaskBar("importing") as bar:
+        collection = import_collection(request, bar)
+    print_collection(collection)
+
+
+@data.command()
+@click.argument("path", type=Location())
+@click.option("--format", "form", type=click.Choice(["minari", "d4rl"]), required=True)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
+def export(path: Path | str, form: str, output: Path) -> None:
+    """Write a collection in another project's format, and say what that cannot hold."""
+    from .bars import TaskBar
+    from .datasets import open_collection
+    from .datasets.exporting import export_collection
+
+    with TaskBar("exporting") as bar:
+        losses = export_collection(open_collection(path), form, output, bar)
+    click.echo(f"{output}: exported as {form}")
+    for loss in losses:
+        click.echo(f"not carried: {loss}")
+    if form == "minari":
+        click.echo(f"list it with: MINARI_DATASETS_PATH={shlex.quote(str(output.resolve()))} minari list local")
+
+
+@data.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=Location())
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new collection.")
+@click.option("--data", "quality", type=click.Choice(QUALITIES), default="mixed", show_default=True)
+@click.option("--tasks", "tasks", multiple=True, metavar="0-9,12", help="Tasks to keep, once per PATH.")
+@click.option("--join", is_flag=True, help="Join the episodes of tasks with the same parameters.")
+@click.option("--name", help="[default: FAMILY-merged]")
+def merge(
+    paths: Sequence[Path | str], output: Path, quality: str, tasks: Sequence[str], join: bool, name: str | None
+) -> None:
+    """Put collections of one family together, or take a part of one."""
+    from .bars import TaskBar
+    from .console import print_collection
+    from .datasets import open_collection
+    from .datasets.merging import merge_collections
+    from .provenance import provenance
+
+    chosen = [parse_ranges(text) for text in tasks] or None
+    with TaskBar("merging") as bar:
+        collection = merge_collections(
+            [open_collection(path) for path in paths], output, quality=quality, tasks=chosen, join=join, name=name,
+            provenance=provenance(), progress=bar,
+        )  # fmt: skip
+    print_collection(collection)
+
+
+def parse_ranges(text: str) -> list[int]:
+    """`0-9,12` as a list of numbers."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 100_000):
+            raise UsageError(f"--tasks got '{text}', expected task numbers, for example --tasks 0-9,12")
+        numbers += range(int(first), int(last) + 1)
+    return list(dict.fromkeys(numbers))
+
+
+@main.group()
+def bundle() -> None:
+    """Hand collections to another team, and take theirs: pack, verify, unpack, push, pull.
+
+    A bundle is one file, or with --folder one folder, that anybody can check: unzip it, then in its folder
+    sha256sum -c --strict tagmanifest-sha256.txt manifest-sha256.txt
+    """
+
+
+def receiving(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what the receiver of a bundle decides: whom to trust and how much to take."""
+    for option in (
+        click.option("--max-size", default="50GB", show_default=True, callback=_bytes, help="Refuse larger ones."),
+        click.option("--require-signature", is_flag=True, help="Refuse all but a trusted signer's."),
+        click.option(
+            "--allowed-signers", type=click.Path(path_type=Path), envvar="FOCAL_ALLOWED_SIGNERS",
+            help="Whose keys are trusted, see ssh-keygen(1). [default: ~/.config/focal/allowed_signers]",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _bytes(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", value)
+    if not match:
+        raise UsageError(f"{parameter.opts[0]} got '{value}', expected a size, for example --max-size 50GB")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
+def _allowed_signers(chosen: Path | None) -> Path | None:
+    if chosen is None:
+        usual = Path.home() / ".config" / "focal" / "allowed_signers"
+        return usual if usual.is_file() else None
+    if not chosen.is_file():
+        raise UsageError(f"no allowed signers at {chosen}, expected a file of public keys, see ssh-keygen(1)")
+    return chosen
+
+
+@bundle.command()
+@click.argument("path", required=False, type=Location())
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: NAME-VERSION.focal.zip]")
+@click.option("--folder", is_flag=True, help="Make a folder instead of one file.")
+@click.option(
+    "--sign", "key", type=click.Path(path_type=Path), help="Sign with this SSH key, for example ~/.ssh/id_ed25519."
+)
+@click.option(
+    "--author", "authors", multiple=True, help="For a collection that names none; may be given several times."
+)
+@stores_option
+@json_option
+def pack(
+    path: Path | str | None, output: Path | None, folder: bool, key: Path | None, authors: Sequence[str], stores: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Verify the collection PATH and pack it. PATH may be left out where STORES holds one collection."""
+    from .bars import ByteBar
+    from .datasets.bundle import pack_bundle
+
+    if path is None:
+        from .experiment import choose_collection
+
+        path = choose_collection(stores, None, None)
+    with ByteBar("packing") as bar:
+        packed, report = pack_bundle(path, output, key, folder, authors, bar)
+    _print_bundle(report, as_json, f"packed; the other team: focal-cli bundle unpack {shlex.quote(packed.name)}")
+
+
+@bundle.command("verify")
+@click.argument("path", type=Location())
+@receiving
+@json_option
+def verify_(
+    path: Path | str, allowed_signers: Path | None, require_signature: bool, max_size: int, as_json: bool
+) -> None:  # fmt: skip
+    """Check every byte of a bundle (file, folder or URL), in place: signature, checksums, the collection inside."""
+    from .bars import ByteBar
+    from .datasets.bundle import verify_bundle
+
+    with ByteBar("verifying") as bar:
+        report = verify_bundle(path, _allowed_signers(allowed_signers), require_signature, max_size, bar)
+    _print_bundle(report, as_json, "good")
+
+
+@bundle.command()
+@click.argument("path", type=Location())
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder. [default: STORES/FAMILY]")
+@receiving
+@stores_option
+@json_option
+def unpack(
+    path: Path | str, output: Path | None, allowed_signers: Path | None, require_signature: bool, max_size: int,
+    stores: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Verify a bundle, then unpack its collection."""
+    from .bars import ByteBar
+    from .datasets.bundle import unpack_bundle
+
+    if isinstance(path, str):
+        raise UsageError(f"{path} is on an object store; fetch it: focal-cli bundle pull {shlex.quote(path)}")
+    with ByteBar("unpacking") as bar:
+        collection, report = unpack_bundle(
+            path, output, stores, _allowed_signers(allowed_signers), require_signature, max_size, bar
+        )
+    place = str(collection.path)
+    advice = f"unpacked; train on it: focal-cli train --collection {shlex.quote(place)} --data mixed"
+    _print_bundle(report, as_json, advice, collection=place)
+
+
+@bundle.command()
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("url")
+@json_option
+def push(path: Path, url: str, as_json: bool) -> None:
+    """Verify the bundle FILE and upload it to URL/NAME-VERSION, for example to s3://BUCKET/PATH. Run again to continue.
+
+    Keys come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, another server than Amazon's from AWS_ENDPOINT_URL.
+    """
+    from .bars import ByteBar
+    from .datasets.transfer import push_bundle
+
+    with ByteBar("pushing") as bar:
+        report = push_bundle(path, url, bar)
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+        return
+    sent = f"{report.sent} of {report.files} files sent ({report.sent_bytes:,} bytes)" if report.sent else "all there"
+    click.echo(f"{report.url}: {sent}; the other team: focal-cli bundle pull {shlex.quote(report.url)}")
+
+
+@bundle.command()
+@click.argument("url")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder. [default: STORES/FAMILY]")
+@receiving
+@stores_option
+@json_option
+def pull(
+    url: str, output: Path | None, allowed_signers: Path | None, require_signature: bool, max_size: int, stores: Path,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Download the bundle at URL, verify it and unpack its collection. Run again to continue after a cut."""
+    from .bars import ByteBar
+    from .datasets.transfer import pull_bundle
+
+    def announce(bag: Any, trust: Any) -> None:
+        click.echo(f"{bag.name}, {bag.payload_bytes:,} bytes, {trust}", err=True)
+
+    with ByteBar("pulling") as bar:
+        collection, report = pull_bundle(
+            url, output, stores, _allowed_signers(allowed_signers), require_signature, max_size, bar, announce
+        )
+    place = str(collection.path)
+    advice = f"pulled; train on it: focal-cli train --collection {shlex.quote(place)} --data mixed"
+    _print_bundle(report, as_json, advice, collection=place)
+
+
+def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
+    """Licence, authors and signature are always shown: whoever packs or takes data answers for them."""
+    if as_json:
+        click.echo(json.dumps(report.to_json() | more, indent=2))
+        return
+    counts = ", ".join(f"{value:,} {name}" for name, value in asdict(report.verified).items())
+    click.echo(f"{report.path}: {report.name} of {report.family}, {counts}, content {report.content_hash[:12]}")
+    click.echo(f"licence {report.licence}, by {', '.join(report.authors)}, {report.trust}")
+    click.echo(what)
+
+
 @main.command()
 @click.option("--env", "env_name", help="Task family; may be left out where STORES holds one collection.")
-@click.option("--collection", type=click.Path(path_type=Path), help="Collection folder, instead of --env.")
+@click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
 @click.option("--data", "quality", type=click.Choice(QUALITIES), required=True, help="Quality to train on.")
-@click.option("--algo", type=click.Choice(["focal"]), default="focal", show_default=True)
+@click.option("--algo", type=click.Choice(METHODS), help="Method. [default: focal, or that of the run continued]")
 @click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds.")
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--name", help="Run folder's name. [default: family, quality, algorithm and time]")
 @click.option("--resume", is_flag=True, help="Continue the run NAME (started if it is not there), or the newest run.")
 @click.option(
@@ -232,8 +509,9 @@ def relabel(path: Path, output: Path, assignments: Sequence[str]) -> None:
 @runs_option
 @set_option
 def train(
-    env_name: str | None, collection: Path | None, quality: str, algo: str, scale: str | None, seed: int, seeds: int,
-    workers: int | None, name: str | None, resume: bool, cache: Path | None, stores: Path, runs: Path,
+    env_name: str | None, collection: Path | str | None, quality: str, algo: str | None, scale: str | None, seed: int,
+    seeds: int, workers: int | None, device: str, name: str | None, resume: bool, cache: Path | None, stores: Path,
+    runs: Path,
     assignments: Sequence[str],
 ) -> None:  # fmt: skip
     """Meta-train on a collection's training tasks."""
@@ -243,7 +521,7 @@ def train(
     request = TrainRequest(
         collection=choose_collection(stores, env_name, collection), quality=quality, scale=scale,
         seeds=tuple(range(seed, seed + seeds)), assignments=tuple(assignments), runs=runs, name=name, resume=resume,
-        workers=workers or 0, cache=cache,
+        workers=workers or 0, cache=cache, device=device, algo=algo,
     )  # fmt: skip
     with TrainBars() as bars:
         run = train_run(request, bars)
@@ -255,10 +533,11 @@ def train(
 @click.option("--data", "quality", type=click.Choice(QUALITIES), help="Quality of the context. [default: as trained]")
 @click.option(
     "--protocol",
-    type=click.Choice(["offline", "shift", "online"]),
+    type=click.Choice(PROTOCOLS),
     default="offline",
     show_default=True,
-    help="Context from logged data; from other tasks' behaviour policies in the test task; or self-collected.",
+    help="Context from logged data; from other tasks' behaviour policies in the test task; self-collected; or as in "
+    "MBML's code (5 self-collected episodes, mean of the last 3).",
 )
 @click.option("--context-size", type=click.IntRange(1), help="Size of a context. [default: as trained, or 1 episode]")
 @click.option(
@@ -307,6 +586,60 @@ def test(
         pictures = save_figures(result) if figures else []
     for picture in pictures:
         click.echo(f"saved {picture}", err=as_json)
+
+
+@main.command()
+@click.option("--env", "env_name", help="Task family; may be left out where STORES holds one collection.")
+@click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
+@click.option("--data", "quality", type=click.Choice(QUALITIES), required=True, help="Quality of training and context.")
+@click.option("--algos", default=",".join(METHODS), show_default=True, metavar="A,B,...", help="Methods.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Seeds of each.")
+@click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default="offline", show_default=True)
+@click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Test episodes per task.")
+@click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--name", help="The runs are NAME-ALGO. [default: family, quality and scale]")
+@stores_option
+@runs_option
+@set_option
+@json_option
+def compare(
+    env_name: str | None, collection: Path | str | None, quality: str, algos: str, seeds: int, scale: str | None,
+    protocol: str, episodes: int, test_seed: int, workers: int | None, device: str, name: str | None, stores: Path,
+    runs: Path, assignments: Sequence[str], as_json: bool,
+) -> None:  # fmt: skip
+    """Compare methods on the same data: train what is missing, go on with what was stopped, test all, print one table.
+
+    --set NAME=VALUE goes to every method that has the setting, --set ALGO:NAME=VALUE to one.
+    """
+    import torch
+
+    from .comparison import CompareRequest, compare
+    from .console import TrainBars, print_comparison
+    from .experiment import TrainRequest, choose_collection
+    from .trainer.methods import find_method
+
+    methods = tuple(dict.fromkeys(word for word in algos.replace(" ", "").split(",") if word))
+    for method in methods:
+        find_method(method)
+    if not methods:
+        raise UsageError(f"--algos is empty, expected some of {','.join(METHODS)}")
+    torch.set_num_threads(1)  # at these network sizes more threads only wait for each other
+    train = TrainRequest(
+        collection=choose_collection(stores, env_name, collection), quality=quality, scale=scale,
+        seeds=tuple(range(seeds)), assignments=tuple(assignments), runs=runs, workers=workers or 0, device=device,
+    )  # fmt: skip
+    request = CompareRequest(train, methods, stores, protocol, episodes, test_seed, name)
+    if as_json:
+        compared = compare(request)
+    else:
+        with TrainBars() as bars:
+            compared = compare(request, bars)
+    _print_result(compared.to_json(), as_json, lambda: print_comparison(compared))
+    for file in compared.files:
+        click.echo(f"saved {file}", err=as_json)
 
 
 def _print_result(document: Any, as_json: bool, show: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from .comparison import Comparison
 from .datagen import Progress as GenerateProgress
 from .datasets import QUALITIES, Collection, Selection
 from .evaluation import CONDITIONS, MetaTestResult, seed_interval
@@ -121,22 +122,31 @@ class GenerateBars(_Bars, GenerateProgress):
 
 
 class TrainBars(_Bars, TrainProgress):
-    """One bar per seed."""
+    """One bar per seed, of one run or of several."""
 
-    def begin(self, run_dir: Path, seeds: tuple[int, ...], steps: int) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self._bars: dict[tuple[Path, int], Any] = {}
+        self._printed: dict[tuple[Path, int], int] = {}
+        self._every: dict[Path, int] = {}
+
+    def begin(self, folder: Path, seeds: tuple[int, ...], steps: int) -> None:
         """Draw the bars."""
-        console.print(f"training {escape(str(run_dir))}: {steps:,} gradient steps, seeds {', '.join(map(str, seeds))}")
-        self._seeds = {seed: self.progress.add_task(f"seed {seed}", total=steps) for seed in seeds}
-        self._printed = dict.fromkeys(seeds, 0)
-        self._every = max(1, steps // 10)
+        console.print(f"training {escape(str(folder))}: {steps:,} gradient steps, seeds {', '.join(map(str, seeds))}")
+        self._every[folder] = max(1, steps // 10)
+        for seed in seeds:
+            self._bars[folder, seed] = self.progress.add_task(f"{folder.name} seed {seed}", total=steps)
+            self._printed[folder, seed] = 0
 
-    def update(self, seed: int, step: int, metrics: Mapping[str, float]) -> None:
+    def update(self, folder: Path, seed: int, step: int, metrics: Mapping[str, float]) -> None:
         """Advance a seed's bar; without a terminal, print a line every tenth of the run."""
-        self.progress.update(self._seeds[seed], completed=step)
-        if self.progress.disable and metrics and step // self._every > self._printed[seed]:
-            self._printed[seed] = step // self._every
+        self.progress.update(self._bars[folder, seed], completed=step)
+        tenths = step // self._every[folder]
+        if self.progress.disable and metrics and tenths > self._printed[folder, seed]:
+            self._printed[folder, seed] = tenths
             shown = ", ".join(f"{name} {value:.3g}" for name, value in list(metrics.items())[:4])
-            console.print(f"seed {seed} step {step:,}: {shown}")
+            which = f"{folder.name} " * (len(self._every) > 1)
+            console.print(f"{escape(which)}seed {seed} step {step:,}: {shown}")
 
 
 def collection_row(collection: Collection) -> dict[str, Any]:
@@ -166,26 +176,26 @@ def collection_document(collection: Collection) -> dict[str, Any]:
         "created": collection.created,
         "derived_from": [dict(origin) for origin in collection.derived_from],
         "settings": dict(collection.settings),
+        "notes": list(collection.header.notes),
         "quality": quality_rows(collection),
         "tasks_detail": task_rows(collection),
     }
 
 
 def quality_rows(collection: Collection) -> list[dict[str, Any]]:
-    """Tasks, episodes, transitions and mean return per quality."""
+    """Tasks, episodes, transitions and mean return per quality, from the episode tables alone."""
+    tables = collection.select().tables.values()
     rows = []
-    tables = [entry.store.read_table() for entry in collection.tasks]
     for quality in QUALITIES:
         counts = [entry.counts[quality] for entry in collection.tasks]
-        masks = [Selection(quality).mask(table) for table in tables]
-        returns = [table["returns"][mask] for table, mask in zip(tables, masks, strict=True)]
+        returns = np.concatenate([table["returns"][Selection(quality).mask(table)] for table in tables])
         rows.append(
             {
                 "quality": quality,
                 "tasks": sum(count.episodes > 0 for count in counts),
                 "episodes": sum(count.episodes for count in counts),
                 "transitions": sum(count.steps for count in counts),
-                "mean return": float(np.concatenate(returns).mean()) if any(map(len, returns)) else None,
+                "mean return": float(returns.mean()) if len(returns) else None,
             }
         )
     return rows
@@ -193,17 +203,20 @@ def quality_rows(collection: Collection) -> list[dict[str, Any]]:
 
 def task_rows(collection: Collection) -> list[dict[str, Any]]:
     """References of every task, and what its expert's absolute test measured."""
-    return [
-        {
-            "task": entry.index,
-            "split": entry.split,
-            "random": entry.record.references.random,
-            "expert": entry.record.references.expert,
-            "reached expert": "yes" if entry.record.references.reached_expert else "NO",
-            "test": entry.record.references.expert_test,
-        }
-        for entry in collection.tasks
-    ]
+    rows = []
+    for entry in collection.tasks:
+        references = entry.record.references
+        rows.append(
+            {
+                "task": entry.index,
+                "split": entry.split,
+                "random": references.random if references.known else None,
+                "expert": references.expert if references.known else None,
+                "reached expert": "yes" if references.reached_expert else "NO" if references.known else None,
+                "test": references.expert_test,
+            }
+        )
+    return rows
 
 
 def print_collection(collection: Collection, tasks: bool = False) -> None:
@@ -217,10 +230,15 @@ def print_collection(collection: Collection, tasks: bool = False) -> None:
         named = " ".join(str(origin.get(key, "?"))[:40] for key in ("name", "version", "content_hash"))
         console.print(escape(f"derived from {named}"))
     print_table(quality_rows(collection))
-    failed = [entry.index for entry in collection.tasks if not entry.record.references.reached_expert]
+    tested = [entry for entry in collection.tasks if entry.record.references.known]
+    failed = [entry.index for entry in tested if not entry.record.references.reached_expert]
+    if not tested:
+        console.print("no reference returns are known: no normalised scores, no tested expert")
     if failed:
         listed = ", ".join(map(str, failed[:20])) + (", ..." if len(failed) > 20 else "")
         console.print(f"{len(failed)} of {len(collection.tasks)} tasks never reached expert: {listed}")
+    for note in collection.header.notes:
+        console.print(f"note: {escape(note)}")
     if tasks:
         print_table(task_rows(collection))
 
@@ -247,6 +265,7 @@ def context_words(result: MetaTestResult) -> str:
         "offline": f"{result.quality} context of {amount}",
         "shift": f"context of {amount} rolled out by other tasks' {result.quality} behaviour policies",
         "online": f"context of {amount} that the policy collected itself",
+        "mbml": f"MBML's protocol: {amount} from the prior on, mean of the last 3",
     }
     return where[result.protocol]
 
@@ -280,7 +299,15 @@ def print_test(tested: RunTest) -> None:
         console.print(f"test tasks without {result.quality} data, left out: {', '.join(map(str, result.skipped))}")
     uncounted = len(result.counted) - int(result.counted.sum())
     if uncounted:
-        console.print(f"{uncounted} of {len(result.counted)} behaviour experts failed their test: not in the score")
+        console.print(
+            f"{uncounted} of {len(result.counted)} behaviour experts failed their test or are not known: "
+            "not in the score"
+        )
+
+
+def print_comparison(compared: Comparison) -> None:
+    """Print one line per method, best first."""
+    print_table([row.cells() for row in compared.rows], compared.title)
 
 
 def print_sweep(swept: Sweep) -> None:

@@ -7,14 +7,16 @@ import dataclasses
 import datetime
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from .datasets import Collection, find_collections, open_collection
+from .datasets import Collection, find_collections, is_committed, open_collection
+from .datasets.sources import Folder
 from .envs import get_family
 from .errors import DiskFullError, FocalError, UsageError
 from .evaluation import (
@@ -37,9 +39,21 @@ from .settings import override, parse_assignments
 from .trainer.agent import Agent
 from .trainer.checkpoint import list_checkpoints
 from .trainer.loop import train
-from .trainer.replay import TrainingData
-from .trainer.runs import Run, RunSource, load_agent, load_untrained_agent, read_run, seed_folder
-from .trainer.settings import TrainSettings, train_settings
+from .trainer.mbml import MbmlSettings
+from .trainer.mbml_first_stage import first_stage, first_stage_is_there, teachers_folder
+from .trainer.methods import train_settings
+from .trainer.replay import TaskReplay, TrainingData
+from .trainer.runs import (
+    Run,
+    RunSource,
+    describe_run,
+    load_agent,
+    load_untrained_agent,
+    read_run,
+    refuse_other_run,
+    seed_folder,
+)
+from .trainer.settings import TrainSettings
 from .workers import available_cores, run_jobs
 
 TEST_FORMAT = "focal-test/1"
@@ -50,39 +64,62 @@ QUICK_EPISODES, QUICK_SEED = 2, 1_000_003  # of the meta-tests during training; 
 class TrainRequest:
     """What `focal-cli train` asks for."""
 
-    collection: Path
+    collection: Path | str  # its folder or its URL
     quality: str
     scale: str | None
     seeds: tuple[int, ...]
     assignments: tuple[str, ...]
     runs: Path
+    algo: str | None = None  # none: that of the run that is continued, else FOCAL
     name: str | None = None
     resume: bool = False
     workers: int = 0  # 0: as many as there are cores
     cache: Path | None = None  # folder for memory-mapped copies of the chosen episodes
+    device: str = "auto"  # auto (cuda where there is one), cpu or cuda
 
 
 @dataclass(frozen=True)
 class SeedJob:
-    """One seed of a run, for a worker process."""
+    """One seed of a run, or with `seed` None what its seeds share (MBML's first stage), for a worker process."""
 
     run_dir: Path
-    collection: Path
+    collection: Path | str
     quality: str
     settings: TrainSettings
-    seed: int
+    seed: int | None
     source: RunSource
     resume: bool
     cache: Path | None
+    device: str
+    threads: int = 1
+
+    def run_from_data(self) -> tuple[TrainingData, Run]:
+        """Load the training data, and describe the run on it."""
+        data = training_data(open_collection(self.collection), self.quality, self.cache)
+        return data, describe_run(data, self.settings, self.source)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run whose settings and data were checked, and what is still to do for it."""
+
+    run_dir: Path
+    settings: TrainSettings
+    source: RunSource
+    first_stage: SeedJob | None  # to be done before any seed
+    seeds: tuple[SeedJob, ...]  # without those that are trained to the end
 
 
 class TrainProgress:
-    """Called as seeds train; the command line draws bars from it. This one shows nothing."""
+    """Called as runs train; the command line draws bars from it. This one shows nothing.
 
-    def begin(self, run_dir: Path, seeds: tuple[int, ...], steps: int) -> None:
-        """Announce the run."""
+    A folder is a run's, or that of MBML's first stage, which counts as one seed.
+    """
 
-    def update(self, seed: int, step: int, metrics: Mapping[str, float]) -> None:
+    def begin(self, folder: Path, seeds: tuple[int, ...], steps: int) -> None:
+        """Announce what will train in `folder`."""
+
+    def update(self, folder: Path, seed: int, step: int, metrics: Mapping[str, float]) -> None:
         """Take a report of one seed."""
 
 
@@ -164,7 +201,7 @@ class RunTest:
         }
 
 
-def choose_collection(stores: Path, env: str | None, collection: Path | None) -> Path:
+def choose_collection(stores: Path, env: str | None, collection: Path | str | None) -> Path | str:
     """Return the collection a command means. Raises `UsageError` listing the exact choices when it is not clear."""
     if collection is not None:
         return collection
@@ -190,33 +227,86 @@ def newest_run(runs: Path) -> Path:
 def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> Path:
     """Train all seeds of a run side by side and return its folder.
 
-    Raises `FocalError` for missing data, a folder of another run, or the first seed that failed; what the others
-    did is kept, and --resume continues.
+    Raises `UsageError` for a device that is not there, `FocalError` for missing data, a folder of another run, or the
+    first seed that failed; what the others did is kept, and --resume continues.
     """
-    progress = progress or TrainProgress()
+    planned = plan_run(request)
+    train_planned([planned], request.workers, progress)
+    return planned.run_dir
+
+
+def plan_run(request: TrainRequest) -> PlannedRun:
+    """Check a request and find out what is still to do for it. Raises as `train_run`; nothing is written."""
     collection = open_collection(request.collection)
     run_dir = _run_folder(request, collection)
     settings, seeds = _settings_and_seeds(request, collection, run_dir)
-    settings.check()
-    training_data(collection, request.quality)  # fails here, before any process starts
-    source = RunSource(collection.name, str(request.collection.resolve()), request.quality, seeds, provenance())
-    jobs = {
-        seed: SeedJob(
-            run_dir, request.collection, request.quality, settings, seed, source, request.resume, request.cache
+    device = choose_device(request.device)
+    cache = request.cache
+    if cache is None and not isinstance(collection.source, Folder):
+        cache = run_dir.parent / ".cache"  # far away: fetched once for all seeds and runs
+    where = request.collection.resolve() if isinstance(request.collection, Path) else request.collection
+    source = RunSource(collection.name, str(where), request.quality, seeds, provenance())
+
+    def job(seed: int | None) -> SeedJob:
+        return SeedJob(
+            run_dir, request.collection, request.quality, settings, seed, source, request.resume, cache, device
         )
-        for seed in seeds
-    }
-    progress.begin(run_dir, seeds, settings.total_steps)
-    again = f"continue with: {resume_command(run_dir, source)}"
-    failures = run_jobs(train_seed, jobs, request.workers or available_cores(), progress.update, again)
+
+    data, run = job(None).run_from_data()  # fails here, before any process starts
+    refuse_other_run(run_dir, run)
+    to_do = tuple(job(seed) for seed in seeds if not request.resume or last_step(run_dir, seed) < settings.total_steps)
+    ready = not isinstance(settings, MbmlSettings) or first_stage_is_there(run_dir.parent, run, data)
+    return PlannedRun(run_dir, settings, source, None if ready or not to_do else job(None), to_do)
+
+
+def train_planned(planned: Sequence[PlannedRun], workers: int = 0, progress: TrainProgress | None = None) -> None:
+    """Train what is still to do for several runs in one pool of worker processes; 0 `workers`: as many as cores.
+
+    First stages go first, and seeds that wait for one last, so that no core waits for them. Raises `FocalError` for
+    the first seed that failed; what the others did is kept.
+    """
+    progress, workers = progress or TrainProgress(), workers or available_cores()
+    first = [one.first_stage for one in planned if one.first_stage]
+    waiting = [job for one in planned if one.first_stage for job in one.seeds]
+    others = [job for one in planned if not one.first_stage for job in one.seeds]
+    if not others:  # nothing else for the other cores
+        first = [dataclasses.replace(job, threads=max(1, workers // len(first))) for job in first]
+    for one in planned:
+        if one.seeds:
+            progress.begin(one.run_dir, tuple(job.seed or 0 for job in one.seeds), one.settings.total_steps)
+    jobs = {(job.run_dir, job.seed): job for job in (*first, *others, *waiting)}
+    again = "continue with the same command and --resume"
+    if len(planned) == 1:
+        again = f"continue with: {resume_command(planned[0].run_dir, planned[0].source)}"
+    failures = run_jobs(train_job, jobs, workers, _report_to(progress), again)
     if failures:
-        seed, error = min(failures.items())
+        (run_dir, seed), error = next((key, failures[key]) for key in jobs if key in failures)
+        who = f"{run_dir.name}, " * (len(planned) > 1) + ("the first stage" if seed is None else f"seed {seed}")
         if isinstance(error, DiskFullError):
-            raise FocalError(f"seed {seed}: {error.where_full}; free space, then {again}") from error
+            raise FocalError(f"{who}: {error.where_full}; free space, then {again}") from error
         if isinstance(error, FocalError):
             raise error
-        raise FocalError(f"seed {seed} failed: {type(error).__name__}: {error}; steps are kept, {again}") from error
-    return run_dir
+        raise FocalError(f"{who} failed: {type(error).__name__}: {error}; steps are kept, {again}") from error
+
+
+def _report_to(progress: TrainProgress) -> Any:
+    """Turn workers' reports into calls of `progress`; a first stage is announced by its first one."""
+    begun: set[Path] = set()
+
+    def report(folder: Path, seed: int | None, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        if seed is None and folder not in begun:
+            begun.add(folder)
+            progress.begin(folder, (0,), total)
+        progress.update(folder, seed or 0, step, metrics)
+
+    return report
+
+
+def choose_device(name: str) -> str:
+    """Return "cpu" or "cuda"; "auto" is cuda where there is one. Raises `UsageError` when cuda is asked for in vain."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda, but torch finds no CUDA device here; --device cpu")
+    return "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
 
 
 def resume_command(run_dir: Path, source: RunSource) -> str:
@@ -225,24 +315,32 @@ def resume_command(run_dir: Path, source: RunSource) -> str:
     return shlex.join([*words, "--runs", str(run_dir.parent), "--name", run_dir.name, "--resume"])
 
 
-def train_seed(job: SeedJob, report: Any) -> None:
-    """Train one seed in this process."""
-    collection = open_collection(job.collection)
-    data = training_data(collection, job.quality, job.cache)
-    tests = _test_tasks_or_none(collection, job.quality)
+def train_job(job: SeedJob, report: Any) -> None:
+    """Train one seed, or make a run's first stage, in this process."""
+    torch.set_num_threads(job.threads)
+    data, run = job.run_from_data()
+    folder = job.run_dir if job.seed is not None else teachers_folder(job.run_dir.parent, run, data)
     last = [0.0]
-
-    def evaluate(agent: Agent, step: int) -> dict[str, float]:
-        assert tests is not None
-        return quick_test(agent, tests, job.settings.context_size, QUICK_EPISODES, QUICK_SEED)
 
     def show(step: int, total: int, metrics: Mapping[str, float]) -> None:
         now = time.monotonic()
         if metrics or step == total or now - last[0] > 0.5:  # a queue is slower than a gradient step
             last[0] = now
-            report(job.seed, step, dict(metrics))
+            report(folder, job.seed, step, total, dict(metrics))
 
-    train(job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source)
+    if job.seed is None:
+        replay = TaskReplay(data.tasks, run.transform, run.settings, job.device)
+        first_stage(job.run_dir.parent, run, data, replay, show)
+        return
+    tests = _test_tasks_or_none(open_collection(job.collection), job.quality)
+
+    def evaluate(agent: Agent, step: int) -> dict[str, float]:
+        assert tests is not None
+        return quick_test(agent, tests, job.settings.context_size, QUICK_EPISODES, QUICK_SEED)
+
+    train(
+        job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source, job.device
+    )
 
 
 def _test_tasks_or_none(collection: Collection, quality: str) -> TestTasks | None:
@@ -272,7 +370,7 @@ def _run_folder(request: TrainRequest, collection: Collection) -> Path:
     if request.resume:
         return newest_run(request.runs)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return request.runs / f"{collection.family}-{request.quality}-focal-{stamp}"
+    return request.runs / f"{collection.family}-{request.quality}-{request.algo or 'focal'}-{stamp}"
 
 
 def _settings_and_seeds(
@@ -283,8 +381,11 @@ def _settings_and_seeds(
     if request.resume and request.scale is None and (run_dir / "settings.json").exists():
         run = read_run(run_dir)
         base, seeds = run.settings, tuple(sorted({*run.source.seeds, *seeds}))
+        if request.algo not in (None, base.algo):
+            raise FocalError(f"{run_dir} is a run of {base.algo}, this command asks for {request.algo}; leave --algo "
+                             "out, or use another name: focal-cli train ... --name OTHER")  # fmt: skip
     else:
-        base = train_settings(collection.family, request.scale or collection.scale)
+        base = train_settings(collection.family, request.scale or collection.scale, request.algo or "focal")
     return override(base, parse_assignments(request.assignments)), seeds
 
 
@@ -342,14 +443,18 @@ def _refuse_unfinished(run_dir: Path, run: Run) -> None:
 
 def collection_of(run: Run, stores: Path) -> Collection:
     """Open the collection a run was trained on: where it was then, or wherever below `stores` it is now."""
-    path = Path(run.source.collection_path)
-    for candidate in [path, *find_collections(stores)]:
-        if (candidate / "dataset.json").exists():
-            collection = open_collection(candidate)
-            if collection.content_hash == run.content_hash:
-                return collection
+    where = run.source.collection_path
+    places: list[Path | str] = [*find_collections(stores)]
+    if "://" in where:
+        places.append(where)  # last: a copy on this machine is nearer
+    elif is_committed(where):
+        places.insert(0, Path(where))
+    for place in places:
+        collection = open_collection(place)
+        if collection.content_hash == run.content_hash:
+            return collection
     raise FocalError(
-        f"neither {path} nor anything in {stores} is the data this run was trained on (content hash "
+        f"neither {where} nor anything in {stores} is the data this run was trained on (content hash "
         f"{run.content_hash[:12]}); say with --stores where it is, or train again"
     )
 

@@ -22,8 +22,9 @@ from .evaluation.tables import write_table
 from .experiment import test_run
 from .settings import override, parse_assignments, to_dict
 from .sweeps import sweep_run
+from .trainer.methods import train_settings
 from .trainer.runs import load_agent, read_run
-from .trainer.settings import TrainSettings, train_settings
+from .trainer.settings import TrainSettings
 
 POINT, WIND, VEL, DIR, ANT, WALKER = FAMILIES
 LEVELS = ("random", "medium", "expert")
@@ -54,7 +55,7 @@ class Training:
 
     def settings(self, scale: str) -> TrainSettings:
         """The settings it trains with."""
-        return override(train_settings(self.family, scale), parse_assignments(self.changes))
+        return override(train_settings(self.family, scale, self.algo), parse_assignments(self.changes))
 
 
 @dataclass(frozen=True)

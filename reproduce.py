@@ -17,10 +17,10 @@ from .envs import get_family
 from .errors import FocalError, UsageError
 from .experiment import TrainRequest, last_step, train_run
 from .paper import ITEMS, Item, Material, Training, table_matrix, table_power_law, table_settings
+from .trainer.methods import METHODS
 from .trainer.runs import read_run
 from .trainer.settings import TrainSettings
 
-METHODS = ("focal",)  # that this version trains
 NEEDS_NOTHING = (table_settings, table_power_law)  # settings are known before anything is made
 
 
@@ -103,6 +103,7 @@ def train_one(
     request = TrainRequest(
         collection=collection.path,
         quality=quality,
+        algo=training.algo,
         scale=scale,
         seeds=seeds,
         assignments=training.changes,

@@ -42,8 +42,8 @@ from focal.datasets import (
 )
 from focal.datasets.opening import open_source
 from focal.datasets.sources import Folder
+from focal.trainer.methods import train_settings
 from focal.trainer.replay import TaskReplay
-from focal.trainer.settings import train_settings
 from focal.trainer.transform import fit_transform
 
 OBS, ACT, HORIZON, CHECKPOINTS = 20, 6, 1000, 10
@@ -91,7 +91,7 @@ def build(folder: Path, tasks: int, steps: int) -> tuple[Collection, list[Episod
         episodes = drawn[index % 5]
         best = episodes.returns[episodes.sac_steps == 9000]
         record = TaskRecord(
-            index=index, family=header.family, params={"velocity": 1.0 + index}, split="train", env_id="focal/none",
+            index=index, family=header.family, params={"velocity": 1.0 + index}, split="train", env_id="focal/None-v0",
             env_settings={}, horizon=HORIZON, spaces={}, absolute_x=None, behaviour={},
             references=References([float(best.mean()) - 1], best, [0.0], [1.0], reached_expert=True),
         )  # fmt: skip
@@ -151,16 +151,19 @@ def drop_from_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def timed(call: Callable[[], Any], repeats: int, before: Callable[[], None] = lambda: None) -> float:
-    """Median seconds of `call`."""
-    times = []
-    for _ in range(repeats):
-        before()
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
-        del result
-    return statistics.median(times)
+def timed(calls: dict[str, Callable[[], Any]], repeats: int, before: Callable[[], None]) -> dict[str, float]:
+    """Median seconds of every call; the calls take turns, so that what else the machine does hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            before()
+            start = time.perf_counter()
+            result = call()
+            elapsed = time.perf_counter() - start
+            del result
+            if turn:  # the first turn warms up
+                times[name].append(elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 class CountingFolder(Folder):
@@ -223,23 +226,19 @@ def measure(tasks: int, steps: int, repeats: int, root: Path) -> dict[str, Any]:
     for name, rows in hdf5.items():
         write_hdf5(root / name, tasks, drawn, rows)
     write_npy(root / "npy", tasks, drawn)
-    for cold in (False, True):
-        word = "cold" if cold else "warm"
-
-        def before(folder: str, cold: bool = cold) -> Callable[[], None]:
-            return (lambda: drop_from_cache(root / folder)) if cold else (lambda: None)
-
-        result[f"sealed, {word}"] = timed(
-            lambda: list(open_collection(root / "sealed").select().load_all()), repeats, before("sealed")
-        )
-        for name in hdf5:
-            result[f"{name}, {word}"] = timed(functools.partial(load_hdf5, root / name, tasks), repeats, before(name))
-        load_cache(collection, root / "cache")  # fills it
-        result[f"cache, {word}"] = timed(lambda: load_cache(collection, root / "cache"), repeats, before("cache"))
-        result[f"npy, {word}"] = timed(lambda: load_npy(root / "npy", tasks), repeats, before("npy"))
-        best = min(result[f"{name}, {word}"] for name in hdf5)
-        result[f"ratio best hdf5 / sealed, {word}"] = best / result[f"sealed, {word}"]
-        result[f"ratio cache / npy, {word}"] = result[f"cache, {word}"] / result[f"npy, {word}"]
+    load_cache(collection, root / "cache")  # fills it
+    calls: dict[str, Callable[[], Any]] = {
+        "sealed": lambda: list(open_collection(root / "sealed").select().load_all()),
+        **{name: functools.partial(load_hdf5, root / name, tasks) for name in hdf5},
+        "cache": lambda: load_cache(collection, root / "cache"),
+        "npy": lambda: load_npy(root / "npy", tasks),
+    }
+    os.sync()
+    for word, before in {"warm": lambda: None, "cold": lambda: drop_from_cache(root)}.items():
+        seconds = timed(calls, repeats, before)
+        result |= {f"{name}, {word}": value for name, value in seconds.items()}
+        result[f"ratio best hdf5 / sealed, {word}"] = min(seconds[name] for name in hdf5) / seconds["sealed"]
+        result[f"ratio cache / npy, {word}"] = seconds["cache"] / seconds["npy"]
     result["filter, bytes"] = filter_bytes(root / "sealed")
     result["gather, ms per 1,024 transitions"] = gather(collection)
     sealed = sum(size for size, _ in collection.files.values())

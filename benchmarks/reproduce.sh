@@ -2,7 +2,7 @@
 # Make one result of docs/results.md again, from nothing or from where it was stopped.
 # usage: benchmarks/reproduce.sh RESULT [FOCAL-CLI [STORES [RUNS]]]      (make reproduce RESULT=point)
 set -eu
-result=${1:?which result: point or cheetah-dir}
+result=${1:?which result: point, point-joint or cheetah-dir}
 cli=${2:-focal-cli} stores=${3:-stores} runs=${4:-runs}
 
 run() { # name, collection, then what focal-cli train takes
@@ -17,6 +17,10 @@ point)
     "$cli" data generate --env point --scale laptop -o "$stores/sparse-point-robot"
     run point-mixed "$stores/sparse-point-robot" --data mixed --seeds 3
     ;;
+point-joint)
+    "$cli" data generate --env point --scale laptop -o "$stores/sparse-point-robot"
+    run point-mixed-joint "$stores/sparse-point-robot" --data mixed --seeds 3 --set schedule=joint --set steps=9500
+    ;;
 cheetah-dir)
     "$cli" data generate --env cheetah-dir --scale laptop -o "$stores/half-cheetah-fwd-back"
     for quality in expert mixed; do
@@ -25,7 +29,7 @@ cheetah-dir)
     done
     ;;
 *)
-    echo "unknown result '$result', expected point or cheetah-dir" >&2
+    echo "unknown result '$result', expected point, point-joint or cheetah-dir" >&2
     exit 2
     ;;
 esac

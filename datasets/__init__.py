@@ -4,8 +4,16 @@ collect   begin_collection -> write_segment ... -> seal_task ... -> commit_colle
 read      open_collection -> Collection.select, load, load_training, load_context          collection.py, selection.py
 check     verify_collection                                                                  integrity.py
 re-cut    relabel_collection                                                                 collecting.py
+share     pack_bundle, verify_bundle, unpack_bundle; push_bundle, pull_bundle               bundle.py, transfer.py
+
+Seldom needed, so imported by their modules:
+
+import    list_tasks, import_collection                                                      importing.py
+export    export_collection                                                                  exporting.py
+merge     merge_collections                                                                  merging.py
 """
 
+from .bundle import BundleReport, pack_bundle, unpack_bundle, verify_bundle
 from .collecting import (
     begin_collection,
     commit_collection,
@@ -24,14 +32,17 @@ from .quality import QualityRule, checkpoint_scores, draw_heldout, label_checkpo
 from .records import CollectionHeader, References, TaskRecord
 from .selection import Selection, Subset
 from .tasks import Count, TaskEntry
+from .transfer import PushReport, pull_bundle, push_bundle
 
 __all__ = [
     "QUALITIES",
+    "BundleReport",
     "Collection",
     "CollectionHeader",
     "Count",
     "End",
     "Episodes",
+    "PushReport",
     "Quality",
     "QualityRule",
     "References",
@@ -51,9 +62,14 @@ __all__ = [
     "label_checkpoints",
     "list_segments",
     "open_collection",
+    "pack_bundle",
+    "pull_bundle",
+    "push_bundle",
     "read_segment",
     "relabel_collection",
     "seal_task",
+    "unpack_bundle",
+    "verify_bundle",
     "verify_collection",
     "write_segment",
 ]

@@ -22,7 +22,6 @@ from numcodecs import blosc
 
 from ..errors import FocalError
 from .episodes import Array
-from .sources import Source
 from .storage import AGAIN, to_json, write_file
 
 CHUNK_BYTES = 8 * 2**20
@@ -53,6 +52,11 @@ class Layout:
     def chunk_bytes(self) -> int:
         """Bytes of one decoded chunk, padding included."""
         return self.chunk_rows * self.row_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """The most bytes a chunk's file can have: blosc stores what does not shrink as it is."""
+        return self.chunk_bytes + _BLOSC_HEADER + _CHECKSUM
 
     @property
     def num_chunks(self) -> int:
@@ -166,27 +170,33 @@ def check_chunk_files(where: str, layout: Layout, sizes: Mapping[str, int]) -> N
     for number, name in enumerate(layout.chunk_files()):
         if name not in sizes:
             raise FocalError(f"{where}: chunk {number} of {layout.num_chunks} is missing (file {name}); {AGAIN}")
-        largest = layout.chunk_bytes + _BLOSC_HEADER + _CHECKSUM
-        if sizes[name] > largest:
-            raise _unsafe(where, f"chunk {number}", f"{sizes[name]} bytes", f"at most {largest}")
+        if sizes[name] > layout.file_bytes:
+            raise _unsafe(where, f"chunk {number}", f"{sizes[name]} bytes", f"at most {layout.file_bytes}")
     if extra := sorted(set(sizes) - {*layout.chunk_files(), "zarr.json"}):
         raise _unsafe(where, "an extra file", repr(extra[0]), "only the declared chunks")
 
 
-def read_array(source: Source, folder: str, where: str, layout: Layout, rows: Array | None = None) -> Array:
+def wanted_chunks(layout: Layout, rows: Array | None = None) -> list[tuple[int, str]]:
+    """Number and file of every chunk, or of those with a row where `rows` (n,) bool is True."""
+    chunks = enumerate(layout.chunk_files())
+    if rows is None:
+        return list(chunks)
+    size = layout.chunk_rows
+    return [(number, name) for number, name in chunks if rows[number * size : (number + 1) * size].any()]
+
+
+def decode_array(files: Iterator[tuple[str, bytes]], where: str, layout: Layout, rows: Array | None = None) -> Array:
     """Decode an array whose metadata was checked: all of it, or the rows where `rows` (n,) bool is True, in order.
 
-    Chunks without a wanted row are not read. Raises `FocalError` naming the chunk that is damaged.
+    Takes the `wanted_chunks` from `files`, no more. Raises `FocalError` naming the chunk that is damaged.
     """
     count = layout.shape[0] if rows is None else int(np.count_nonzero(rows))
     values = np.empty((count, *layout.shape[1:]), layout.dtype)
     filled = 0
-    for number, name in enumerate(layout.chunk_files()):
+    for number, _ in wanted_chunks(layout, rows):
         start = number * layout.chunk_rows
         wanted = None if rows is None else rows[start : start + layout.chunk_rows]
-        if wanted is not None and not wanted.any():
-            continue
-        frame = _read_frame(source, f"{folder}/{name}", where, number, layout)
+        frame = _check_frame(next(files)[1], where, number, layout)
         whole = start + layout.chunk_rows <= layout.shape[0] and (wanted is None or wanted.all())
         chunk = values[filled : filled + layout.chunk_rows] if whole else np.empty(_chunk_shape(layout), layout.dtype)
         try:
@@ -204,8 +214,7 @@ def _chunk_shape(layout: Layout) -> tuple[int, ...]:
     return (layout.chunk_rows, *layout.shape[1:])
 
 
-def _read_frame(source: Source, name: str, where: str, number: int, layout: Layout) -> bytes:
-    stored = source.read(name, layout.chunk_bytes + _BLOSC_HEADER + _CHECKSUM)
+def _check_frame(stored: bytes, where: str, number: int, layout: Layout) -> bytes:
     frame, checksum = stored[:-_CHECKSUM], stored[-_CHECKSUM:]
     if google_crc32c.value(frame).to_bytes(_CHECKSUM, "little") != checksum:
         raise damaged(where, number, "its crc32c does not match")

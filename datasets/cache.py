@@ -1,13 +1,14 @@
-"""Chosen episodes as raw .npy files, memory-mapped: for collections that do not fit into memory, and for the next run.
+"""Chosen episodes as raw memory-mapped files: for collections that do not fit into memory, and for the next run.
 
     CACHE/3f9a...e1/          sha256 of the task's content hash and the selection
-      observations.npy  actions.npy  rewards.npy  infos.sparse_reward.npy     as in the store
-      episodes.npy                                                            a record per episode
+      arrays                  every array one after the other, each from a multiple of 64 bytes on
+      index.json              where each one begins, its type and shape
 
 An entry is written under a temporary name, synced and renamed, so it is whole or not there. It belongs to the machine
 and the user that made it, unlike a bundle; deleting any of it is safe.
 """
 
+import mmap
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +17,23 @@ from typing import Any
 import numpy as np
 
 from ..errors import FocalError
-from .episodes import PER_EPISODE, Episodes
+from .episodes import PER_EPISODE, Array, Episodes
 from .sources import sha256_of
-from .storage import canonical_json, make_folder, new_folder, reading, remove_temporaries
+from .storage import (
+    canonical_json,
+    make_folder,
+    new_folder,
+    read_json,
+    reading,
+    remove_temporaries,
+    to_json,
+    write_file,
+)
 from .tasks import TaskEntry
 
 _STEPS = ("observations", "actions", "rewards")
-_TABLE = np.dtype(list(PER_EPISODE.items()))
+_INFO = "infos/"
+_ALIGNED = 64  # a cache line; also more than any type's own alignment
 
 
 def load_cached(cache: Path, entry: TaskEntry, selection: Any, read: Callable[[], Episodes | None]) -> Episodes | None:
@@ -39,9 +50,8 @@ def load_cached(cache: Path, entry: TaskEntry, selection: Any, read: Callable[[]
         make_folder(cache)
         remove_temporaries(cache, folder.name)
         with new_folder(folder) as temporary:
-            for name, values in _arrays(episodes).items():
-                np.save(temporary / f"{name}.npy", values, allow_pickle=False)
-    return _open(folder, entry)
+            _write(temporary, episodes)
+    return _open(folder)
 
 
 def cache_key(entry: TaskEntry, selection: Any) -> str:
@@ -50,27 +60,31 @@ def cache_key(entry: TaskEntry, selection: Any) -> str:
     return sha256_of(canonical_json([entry.content_hash, conditions]))
 
 
-def _arrays(episodes: Episodes) -> dict[str, np.ndarray]:
-    table = np.empty(episodes.num_episodes, _TABLE)
-    for name in PER_EPISODE:
-        table[name] = getattr(episodes, name)
-    infos = {f"infos.{name}": values for name, values in episodes.infos.items()}
-    return {"episodes": table, **{name: getattr(episodes, name) for name in _STEPS}, **infos}
+def _write(folder: Path, episodes: Episodes) -> None:
+    arrays = {name: getattr(episodes, name) for name in (*_STEPS, *PER_EPISODE)}
+    arrays |= {f"{_INFO}{name}": values for name, values in episodes.infos.items()}
+    index: dict[str, Any] = {}
+    with open(folder / "arrays", "xb") as file:
+        for name, values in arrays.items():
+            file.write(b"\0" * (-file.tell() % _ALIGNED))
+            index[name] = {"place": file.tell(), "type": values.dtype.str, "shape": list(values.shape)}
+            file.write(np.ascontiguousarray(values).data)
+    write_file(folder / "index.json", to_json(index))
 
 
-def _open(folder: Path, entry: TaskEntry) -> Episodes:
-    def load(name: str) -> np.ndarray:
-        return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+def _open(folder: Path) -> Episodes:
+    index = read_json(folder / "index.json")
+    try:
+        with reading(folder / "arrays"), open(folder / "arrays", "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        arrays = {name: _array(memory, **facts) for name, facts in index.items()}
+        infos = {name.removeprefix(_INFO): values for name, values in arrays.items() if name.startswith(_INFO)}
+        return Episodes(infos=infos, **{name: arrays[name] for name in (*_STEPS, *PER_EPISODE)})
+    except (ValueError, TypeError, KeyError) as error:
+        raise FocalError(
+            f"cache entry {folder} is damaged ({' '.join(str(error).split())[:100]}); delete it: rm -r {folder}"
+        ) from error
 
-    with reading(folder):
-        try:
-            table = np.load(folder / "episodes.npy", allow_pickle=False)
-            return Episodes(
-                infos={name: load(f"infos.{name}") for name in entry.store.attributes["infos"]},
-                **{name: load(name) for name in _STEPS},
-                **{name: np.ascontiguousarray(table[name]) for name in PER_EPISODE},
-            )
-        except (ValueError, EOFError, IndexError) as error:
-            raise FocalError(
-                f"cache entry {folder} is damaged ({' '.join(str(error).split())[:100]}); delete it: rm -r {folder}"
-            ) from error
+
+def _array(memory: mmap.mmap, place: int, type: str, shape: list[int]) -> Array:
+    return np.frombuffer(memory, type, int(np.prod(shape)), place).reshape(shape)

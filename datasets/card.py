@@ -15,7 +15,8 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
     """Return the card's Markdown. Tasks that lack a level or whose expert failed its test are listed by index."""
     steps = sum(entry.counts["mixed"].steps for entry in tasks)
     size = next((text for limit, text in _SIZES if steps < limit), "n>10M")
-    failed = [entry for entry in tasks if not entry.record.references.reached_expert]
+    tested = [entry for entry in tasks if entry.record.references.known]
+    failed = [entry for entry in tested if not entry.record.references.reached_expert]
     lines = [
         "---",
         f"license: {json.dumps(header.licence.lower())}",
@@ -40,10 +41,11 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
         lines.append(f"| {quality} | {have} of {len(tasks)} | {episodes:,} | {total:,} |")
     lines += [
         "",
-        "`mixed` is every episode. " + _rule(tasks[0].rule),
+        " ".join(["`mixed` is every episode.", *_levels(tasks)]),
         "",
-        _failed(failed),
+        _failed(failed, len(tested)),
         "",
+        *(["## Notes", "", *(f"- {' '.join(note.split())}" for note in header.notes), ""] if header.notes else []),
         "## Reading it",
         "",
         "Each task is one Zarr v3 group that any Zarr reader opens:",
@@ -73,7 +75,18 @@ def _rule(rule: QualityRule) -> str:
     )
 
 
-def _failed(failed: Sequence[TaskEntry]) -> str:
+def _levels(tasks: Sequence[TaskEntry]) -> list[str]:
+    """Say where the levels come from."""
+    scored = [entry for entry in tasks if entry.labels == "scores"]
+    lines = [_rule(scored[0].rule)] if scored else []
+    if given := len(tasks) - len(scored):
+        lines.append(f"The levels of {given} of {len(tasks)} tasks came with the data and follow from no scores.")
+    return lines
+
+
+def _failed(failed: Sequence[TaskEntry], tested: int) -> str:
+    if not tested:
+        return "No reference returns are known, so there are no normalised scores and no expert was tested."
     if not failed:
         return "The expert of every task passed its family's absolute test."
     lines = ["These tasks' experts failed their family's absolute test; they have no `expert` episodes:", ""]

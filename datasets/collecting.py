@@ -13,12 +13,13 @@ A segment is one npz file, not a store: it is read once, by the machine that wro
 cost 40 times the fsyncs at every checkpoint.
 """
 
+import contextlib
 import datetime
 import io
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ from .opening import (
 )
 from .quality import QualityRule, label_episodes
 from .records import CollectionHeader, TaskRecord, differences
-from .sources import Folder, Source, sha256_of
+from .sources import Folder, Source, read_checked
 from .storage import (
     AGAIN,
     TEMPORARY,
@@ -252,22 +253,23 @@ def write_document(
     return tasks
 
 
-def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
-    """Copy the collection `src` to the new folder `dst` with its qualities cut by another rule.
+def relabel_collection(src: Path | str, dst: Path, rule: QualityRule) -> Collection:
+    """Copy the collection `src`, a folder or a URL, to the new folder `dst` with its qualities cut by another rule.
 
     The copy is the next minor version and names `src` in `derived_from`; `src` is not touched. Raises `FocalError`
-    when `dst` exists, lies inside `src`, or `src` is damaged.
+    when `dst` exists, lies inside `src`, `src` is damaged, or its levels were given by the source of imported data.
     """
     source = open_collection(src)
-    if dst.exists() or dst.resolve().is_relative_to(src.resolve()):
-        raise FocalError(f"{dst} exists or lies inside {src}, expected a new folder; choose another one with -o")
+    if given := [entry.index for entry in source.tasks if entry.labels == "given"]:
+        raise FocalError(
+            f"{src}: the levels of task {given[0]} were given by its source, not computed from scores, so no rule can "
+            f"re-cut them; choose episodes by level: focal-cli data merge {quoted(src)} --data expert -o NEW"
+        )
     major, minor, _ = source.version.split(".")
     settings = {**source.settings, "quality": asdict(rule)}
     header = replace(source.header, version=f"{major}.{int(minor) + 1}.0", settings=settings)
     origin = {"name": source.name, "version": source.version, "content_hash": source.content_hash}
-    make_folder(dst.parent)
-    remove_temporaries(dst.parent, dst.name)
-    with new_folder(dst) as folder:
+    with derived_folder(dst, [source.source]) as folder:
         for entry in source.tasks:
             episodes, references = entry.store.read_episodes(), entry.record.references
             labelled = label_episodes(
@@ -278,7 +280,7 @@ def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
             write_task(store, entry.record, rule, entry.heldout_seeds, labelled)
         for name, (size, sha256) in source.files.items():
             if name.startswith("policies/"):
-                copy_file(source.source, name, folder / name, size, sha256)
+                write_file(folder / name, read_checked(source.source, name, size, sha256))
         copies = write_document(folder, header, source.provenance, [*source.derived_from, origin])
         for entry, copy in zip(source.tasks, copies, strict=True):
             changed = {name for name, value in copy.content.items() if value != entry.content[name]}
@@ -289,9 +291,19 @@ def relabel_collection(src: Path, dst: Path, rule: QualityRule) -> Collection:
     return open_collection(dst)
 
 
-def copy_file(source: Source, name: str, target: Path, size: int, sha256: str) -> None:
-    """Copy a listed file, checking its hash on the way. Raises `FocalError` when it is damaged."""
-    data = source.read(name, size)
-    if sha256_of(data) != sha256:
-        raise FocalError(f"{source}/{name} is damaged (sha256 differs from {DOCUMENT}); {AGAIN}")
-    write_file(target, data)
+@contextlib.contextmanager
+def derived_folder(dst: Path, sources: Sequence[Source]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `dst` when the block ends: for what is written in one go.
+
+    Killed anywhere, `dst` does not exist and the next run removes what was left. Raises `FocalError` when `dst` exists
+    or lies inside one of the `sources`, and for a full disk.
+    """
+    for source in sources:
+        if isinstance(source, Folder) and dst.resolve().is_relative_to(source.path.resolve()):
+            raise FocalError(f"{dst} lies inside {source}, expected a new folder elsewhere; choose another one with -o")
+    if dst.exists():
+        raise FocalError(f"{dst} exists, expected a new folder; choose another one with -o")
+    make_folder(dst.parent)
+    remove_temporaries(dst.parent, dst.name)
+    with new_folder(dst) as folder:
+        yield folder

@@ -15,7 +15,8 @@ from ..errors import FocalError
 from .episodes import QUALITIES, Array, Episodes, Transitions
 from .records import CollectionHeader
 from .selection import Selection, Subset, check_quality
-from .sources import Folder, Source
+from .sources import Folder, Source, sha256_of
+from .storage import AGAIN
 from .tasks import TaskEntry
 
 
@@ -202,6 +203,16 @@ class Collection:
         """Return the checkpoints of a task, sac_step (C,) i8, and all their returns (C, R) f8, padded with NaN."""
         store = self.task(index).store
         return store.read("evaluation/sac_step"), store.read("evaluation/returns")
+
+    def read_file(self, name: str, limit: int) -> bytes:
+        """Read a file of the collection that is no array, for example of a behaviour policy.
+
+        Raises `FocalError` when it is missing, larger than `limit` bytes or not the one dataset.json lists.
+        """
+        data = self.source.read(name, limit)
+        if name in self.files and sha256_of(data) != self.files[name][1]:
+            raise FocalError(f"{self.source}: {name} is damaged (sha256 differs from dataset.json); {AGAIN}")
+        return data
 
 
 def _levels(entries: Sequence[TaskEntry]) -> str:

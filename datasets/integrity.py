@@ -4,6 +4,7 @@
 array, and everything that can be computed again (counts, labels, held-out draw, evaluation returns).
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,16 @@ import numpy as np
 from ..errors import FocalError
 from .collection import Collection
 from .opening import open_collection
-from .quality import label_episodes
+from .sources import side_by_side
 from .storage import AGAIN
 from .store import array_hash, episodes_of, evaluation_arrays
-from .tasks import TaskEntry, count_levels, with_mixed
+from .tasks import TaskEntry, count_levels, recomputed_labels, with_mixed
 
 Progress = Callable[[int, int], None]
+_LABEL_ARRAYS = {"qualities": "episodes/quality", "heldout": "episodes/heldout"}
+
+_CORES = os.cpu_count() or 1
+_AT_ONCE = 8  # files hashed side by side: far away, they wait more than they compute
 
 
 @dataclass(frozen=True)
@@ -43,15 +48,15 @@ def verify_collection(path: Path | str | Collection, progress: Progress | None =
     source = collection.source
     total = sum(size for size, _ in collection.files.values())
     done = 0
-    for name, (size, sha256) in collection.files.items():
-        if source.sha256(name) != sha256:
+    hashes = side_by_side(source.sha256, collection.files, _AT_ONCE)
+    for (name, (size, sha256)), found in zip(collection.files.items(), hashes, strict=True):
+        if found != sha256:
             raise FocalError(f"{source}: {_describe(name)} is damaged (sha256 differs from dataset.json); {AGAIN}")
         done += size
         if progress:
             progress(done, 2 * total)
     episodes = transitions = 0
-    for entry in collection.tasks:
-        _verify_task(entry)
+    for entry, _ in zip(collection.tasks, side_by_side(_verify_task, collection.tasks, _CORES), strict=True):
         episodes += entry.store.sizes.episodes
         transitions += entry.store.sizes.steps
         done += sum(size for name, (size, _) in collection.files.items() if name.startswith(f"{entry.folder}/"))
@@ -64,7 +69,7 @@ def verify_collection(path: Path | str | Collection, progress: Progress | None =
 
 def _verify_task(entry: TaskEntry) -> None:
     where = entry.store.where
-    arrays = {name: entry.store.read(name) for name in entry.store.layouts}
+    arrays = entry.store.read_arrays(dict.fromkeys(entry.store.layouts))
     for name, values in arrays.items():
         if (found := array_hash(values)) != entry.content[name]:
             raise FocalError(
@@ -72,15 +77,8 @@ def _verify_task(entry: TaskEntry) -> None:
             )
     episodes = episodes_of(arrays)
     episodes.validate(where)
-    references = entry.record.references
-    labelled = label_episodes(
-        episodes, entry.rule, references.random, references.expert, references.reached_expert, entry.heldout_seeds
-    )
-    computed = {
-        "episodes/quality": labelled.qualities,
-        "episodes/heldout": labelled.heldout,
-        **evaluation_arrays(episodes),
-    }
+    labels = recomputed_labels(episodes, entry.record.references, entry.rule, entry.heldout_seeds, entry.labels)
+    computed = {**{_LABEL_ARRAYS[name]: values for name, values in labels.items()}, **evaluation_arrays(episodes)}
     for name, values in computed.items():
         if not np.array_equal(arrays[name], values, equal_nan=values.dtype.kind == "f"):
             raise FocalError(f"{where}: array {name} does not follow from the returns, the rule and the seed; {AGAIN}")

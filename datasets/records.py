@@ -46,9 +46,11 @@ class CollectionHeader:
     """Indices of the training tasks;"""
     test: tuple[int, ...]
     """of the test tasks; an index in both is trained on and tested with its held-out episodes."""
+    notes: tuple[str, ...] = ()
+    """What a reader of imported or merged data must know, one sentence each; the card prints them."""
 
     def __post_init__(self) -> None:
-        for name in ("authors", "train", "test"):
+        for name in ("authors", "train", "test", "notes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, pattern in (("name", _NAME), ("family", _NAME), ("licence", _LICENCE), ("version", _VERSION)):
             value = getattr(self, name)
@@ -79,8 +81,11 @@ class CollectionHeader:
         return "test"
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return plain(self)
+        """Return JSON values; without notes there is no such field, as in collections written before there were any."""
+        document = plain(self)
+        if not self.notes:
+            del document["notes"]
+        return document
 
     @staticmethod
     def from_json(document: Mapping[str, Any], where: str) -> "CollectionHeader":
@@ -99,6 +104,7 @@ class CollectionHeader:
                 version=read.text("version"),
                 licence=read.text("licence"),
                 authors=tuple(read.items("authors", str)),
+                notes=tuple(read.items("notes", str)) if "notes" in document else (),
             )
         except UsageError as error:
             raise FocalError(f"{where}: {error}; {AGAIN}") from error
@@ -109,14 +115,15 @@ class References:
     """The two ends of the score's scale, estimated on fresh episodes; every list holds one float64 return each.
 
     Dense returns unless the name says sparse; the sparse lists are empty where the family has no sparse reward.
+    Imported tasks may have no references at all: then no score exists.
     """
 
-    random_returns: Floats
+    random_returns: Floats = ()
     """20 stochastic episodes of the untrained policy,"""
-    expert_returns: Floats
+    expert_returns: Floats = ()
     """and of the best checkpoint."""
-    random_deterministic: Floats
-    expert_deterministic: Floats
+    random_deterministic: Floats = ()
+    expert_deterministic: Floats = ()
     random_sparse_deterministic: Floats = ()
     expert_sparse_deterministic: Floats = ()
     expert_sac_step: int = 0
@@ -130,19 +137,29 @@ class References:
         for name in _RETURNS:
             returns = tuple(float(value) for value in getattr(self, name))
             object.__setattr__(self, name, returns)
-            if not all(map(math.isfinite, returns)) or (not returns and name in ("random_returns", "expert_returns")):
-                raise FocalError(f"reference {name} is {str(returns)[:80]}, expected at least one finite return")
+            if not all(map(math.isfinite, returns)):
+                raise FocalError(f"reference {name} is {str(returns)[:80]}, expected finite returns")
         object.__setattr__(self, "reached_expert", bool(self.reached_expert))  # a NumPy bool is no JSON value
+        if bool(self.random_returns) != bool(self.expert_returns) or (self.reached_expert and not self.known):
+            raise FocalError(
+                f"references have {len(self.random_returns)} random and {len(self.expert_returns)} expert returns, "
+                "expected at least one of each, or none where the expert was never tested"
+            )
+
+    @property
+    def known(self) -> bool:
+        """Whether there are any; without them no score exists."""
+        return bool(self.random_returns)
 
     @property
     def random(self) -> float:
-        """Mean stochastic dense return of the untrained policy: score 0."""
-        return float(np.mean(self.random_returns))
+        """Mean stochastic dense return of the untrained policy: score 0. NaN where it is not known."""
+        return float(np.mean(self.random_returns)) if self.known else math.nan
 
     @property
     def expert(self) -> float:
-        """Mean stochastic dense return of the best checkpoint: score 1."""
-        return float(np.mean(self.expert_returns))
+        """Mean stochastic dense return of the best checkpoint: score 1. NaN where it is not known."""
+        return float(np.mean(self.expert_returns)) if self.known else math.nan
 
     @staticmethod
     def from_json(document: Mapping[str, Any], where: str) -> "References":
@@ -205,6 +222,11 @@ class TaskRecord:
         if not _only_numbers(list(params.values())):
             raise FocalError(
                 f"{where}: params is {str(params)[:80]!r}, expected numbers or lists of numbers only; {AGAIN}"
+            )
+        if not re.fullmatch(_ENV_ID, read.text("env_id")):
+            raise FocalError(
+                f"{where}: env_id is {read.text('env_id')[:80]!r}, expected a registered name such as "
+                f"focal/HalfCheetahVel-v0; {AGAIN}"
             )
         return TaskRecord(
             index=read.integer("index"),
@@ -306,6 +328,7 @@ _RETURNS = (
     "random_sparse_deterministic",
     "expert_sparse_deterministic",
 )
+_ENV_ID = r"[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+-v\d+"  # no colon: gymnasium.make would import the module before it
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _LICENCE = r"[A-Za-z0-9][A-Za-z0-9.+ ()-]{0,99}"
 _VERSION = r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})"

@@ -5,12 +5,9 @@ chosen.counts                                     {3: Count(episodes=12, steps=2
 for entry, episodes in chosen.load_all(): ...     reads the chunks that hold their rows, no others
 """
 
-import itertools
 import math
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +16,11 @@ import numpy as np
 from ..errors import FocalError, UsageError, did_you_mean
 from .cache import load_cached
 from .episodes import QUALITIES, Array, Episodes, Quality
+from .sources import side_by_side
 from .tasks import Count, TaskEntry
 
-_AHEAD = 2 * (os.cpu_count() or 1)  # tasks decoded ahead of the one in use: bounds the memory above what is kept
+_CORES = os.cpu_count() or 1
+_AHEAD = 2 * _CORES  # tasks decoded ahead of the one in use: bounds the memory above what is kept
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ class Selection:
 
     def apply(self, entries: Sequence[TaskEntry]) -> "Subset":
         """Read the episode tables of `entries` and keep the tasks that have such episodes."""
-        tables = {entry.index: entry.store.read_table() for entry in entries if entry.counts[self.quality].episodes}
+        have = [entry for entry in entries if entry.counts[self.quality].episodes]
+        tables = dict(side_by_side(lambda entry: (entry.index, entry.store.read_table()), have, _AHEAD))
         masks = {index: self.mask(table) for index, table in tables.items()}
         kept = tuple(entry for entry in entries if entry.index in masks and masks[entry.index].any())
         return Subset(self, kept, tables, masks)
@@ -94,17 +94,12 @@ class Selection:
         tables: Mapping[int, Mapping[str, Array]] | None = None,
     ) -> Iterator[tuple[TaskEntry, Episodes]]:
         """Load each task that has such episodes, in order, a few side by side; see `load`."""
-        later, waiting = iter(entries), deque[tuple[TaskEntry, Future[Episodes | None]]]()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            while True:
-                for entry in itertools.islice(later, _AHEAD - len(waiting)):
-                    table = None if tables is None else tables[entry.index]
-                    waiting.append((entry, pool.submit(self.load, entry, cache, table)))
-                if not waiting:
-                    return
-                entry, future = waiting.popleft()
-                if (episodes := future.result()) is not None:
-                    yield entry, episodes
+
+        def load(entry: TaskEntry) -> tuple[TaskEntry, Episodes | None]:
+            return entry, self.load(entry, cache, None if tables is None else tables[entry.index])
+
+        found = side_by_side(load, entries, _CORES, _AHEAD)
+        return ((entry, episodes) for entry, episodes in found if episodes is not None)
 
 
 @dataclass(frozen=True)

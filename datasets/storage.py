@@ -13,11 +13,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import FocalError
 from ..files import TEMPORARY, atomic_path, disk_full, is_disk_full, sync, temporary_name
@@ -65,7 +66,7 @@ def new_folder(final: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)  # a dead process had our pid
             temporary.mkdir()
             yield temporary
-            _sync_tree(temporary)
+            sync_tree(temporary)
             os.rename(temporary, final)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -86,9 +87,14 @@ def write_file(path: Path, data: bytes) -> None:
     """Create `path`, and its folder, with `data`; `new_folder` makes it durable. An existing file is an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb", buffering=0) as file:
-        view = memoryview(data)
-        while view:
-            view = view[file.write(view) :]
+        write_all(file, data)
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write `data` to an unbuffered file, which may take it in parts."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
 
 
 def make_folder(path: Path) -> None:
@@ -104,13 +110,13 @@ def remove_temporaries(folder: Path, name: str = "") -> None:
     """Delete what killed writers of `name` (or of anything) left directly inside `folder`."""
     if not folder.is_dir():
         return
-    prefix = f"{TEMPORARY}{name}-" if name else TEMPORARY
-    for entry in [entry for entry in os.scandir(folder) if entry.name.startswith(prefix)]:
+    pattern = re.compile(re.escape(TEMPORARY) + (rf"{re.escape(name)}-\d+" if name else ".*"))
+    for entry in [entry for entry in os.scandir(folder) if pattern.fullmatch(entry.name)]:
         with writing(Path(entry.path)):
             shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
 
-def _sync_tree(root: Path) -> None:
+def sync_tree(root: Path) -> None:
     """fsync everything below `root`. Side by side, because a journal commits waiting calls together: 8 times faster."""
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in ("", *names)]
     with ThreadPoolExecutor(8) as pool:

@@ -20,7 +20,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import FocalError
-from .arrays import CHUNK_BYTES, MAX_METADATA_BYTES, Layout, check_chunk_files, check_metadata, read_array, write_array
+from .arrays import (
+    CHUNK_BYTES,
+    MAX_METADATA_BYTES,
+    Layout,
+    check_chunk_files,
+    check_metadata,
+    decode_array,
+    wanted_chunks,
+    write_array,
+)
 from .episodes import PER_EPISODE, Array, Episodes
 from .records import Reader
 from .sources import Source
@@ -75,13 +84,29 @@ class Store:
     """Every array by name."""
 
     def read(self, name: str, rows: Array | None = None) -> Array:
-        """Decode one array, or only its rows where `rows` is True; see `arrays.read_array`."""
-        where = f"{self.where}, array {name}"
-        return read_array(self.source, f"{self.folder}/{name}", where, self.layouts[name], rows)
+        """Decode one array, or only its rows where `rows` (n,) bool is True."""
+        return self.read_arrays({name: rows})[name]
+
+    def read_arrays(self, wanted: Mapping[str, Array | None]) -> dict[str, Array]:
+        """Decode several arrays, or of each the rows where its mask is True.
+
+        Chunks without a wanted row are not read, the others side by side where that is faster. Raises `FocalError`
+        naming the chunk that is damaged.
+        """
+        layouts = {name: self.layouts[name] for name in wanted}
+        paths = [
+            f"{self.folder}/{name}/{file}" for name in wanted for _, file in wanted_chunks(layouts[name], wanted[name])
+        ]
+        files = iter(self.source.read_many(paths, max(layout.file_bytes for layout in layouts.values())))
+        return {
+            name: decode_array(files, f"{self.where}, array {name}", layout, wanted[name])
+            for name, layout in layouts.items()
+        }
 
     def read_table(self) -> dict[str, Array]:
         """Decode the (E,) arrays by their name in `Episodes`; the lengths are checked. Reads no transition."""
-        table = {name: self.read(stored) for name, stored in _STORED_NAMES.items()}
+        arrays = self.read_arrays(dict.fromkeys(_STORED_NAMES.values()))
+        table = {name: arrays[stored] for name, stored in _STORED_NAMES.items()}
         lengths = table["lengths"]
         if lengths.min() < 1 or lengths.sum(dtype=np.int64) != self.sizes.steps:
             raise FocalError(
@@ -101,11 +126,13 @@ class Store:
         lengths = table["lengths"]
         steps = None if mask is None else np.repeat(mask, lengths)
         rows = None if mask is None else np.repeat(mask, lengths + 1)
+        infos = [f"infos/{name}" for name in self.attributes["infos"]]
+        arrays = self.read_arrays({"observations": rows} | dict.fromkeys(("actions", "rewards", *infos), steps))
         episodes = Episodes(
-            observations=self.read("observations", rows),
-            actions=self.read("actions", steps),
-            rewards=self.read("rewards", steps),
-            infos={name: self.read(f"infos/{name}", steps) for name in self.attributes["infos"]},
+            observations=arrays["observations"],
+            actions=arrays["actions"],
+            rewards=arrays["rewards"],
+            infos={name.removeprefix("infos/"): arrays[name] for name in infos},
             **{name: table[name] if mask is None else table[name][mask] for name in _STORED_NAMES},
         )
         episodes.validate(self.where)
@@ -259,14 +286,19 @@ def _declared(attributes: Mapping[str, Any], where: str) -> tuple[Sizes, list[st
         read.integer("checkpoints", 1, episodes),
         read.integer("rollouts", 1, episodes),
     )
-    infos = Reader(attributes, where).items("infos", str)
+    return sizes, read_infos(Reader(attributes, where), where)
+
+
+def read_infos(read: Reader, where: str) -> list[str]:
+    """Read the names of the infos: some will be names of folders, so nothing but plain words is one."""
+    infos: list[str] = read.items("infos", str)
     if (
         len(infos) > MAX_INFOS
         or infos != sorted(set(infos))
         or not all(re.fullmatch(_INFO_NAME, name) for name in infos)
     ):
         raise FocalError(f"{where}: infos is {repr(infos)[:80]}, expected sorted lower-case names; {AGAIN}")
-    return sizes, infos
+    return infos
 
 
 def _groups(arrays: Mapping[str, Any]) -> list[str]:
@@ -282,6 +314,20 @@ def _consolidated(members: Mapping[str, Any]) -> dict[str, Any]:
     empty = {"kind": "inline", "must_understand": False, "metadata": {}}
     groups = {name: {**_group_metadata({}), "consolidated_metadata": empty} for name in _groups(members)}
     return {"kind": "inline", "must_understand": False, "metadata": {**groups, **members}}
+
+
+def consolidated_documents(data: bytes, where: str) -> dict[str, bytes]:
+    """Return the `zarr.json` of every member, as `write_store` spells it, from the store's own; by name in the store.
+
+    What another program wrote may be spelt otherwise: compare hashes before use.
+    """
+    found: Any = parse_json(data, where).get("consolidated_metadata")
+    members = found.get("metadata") if isinstance(found, dict) else None
+    return {
+        f"{name}/zarr.json": to_json({key: value for key, value in member.items() if key != "consolidated_metadata"})
+        for name, member in (members.items() if isinstance(members, dict) else ())
+        if isinstance(member, dict)
+    }
 
 
 def _member(documents: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:

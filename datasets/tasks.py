@@ -3,27 +3,32 @@
 attributes["focal"]
   format, sizes, infos     see store.py
   task                     the TaskRecord: parameters, split, environment, references, behaviour, provenance
-  quality                  rule and the seeds of the held-out draw: enough to label the episodes again
+  quality                  rule and the seeds of the held-out draw: enough to label the episodes again. Where `labels`
+                           is "given" instead of "scores" (or missing), the levels are what the data's source said, and
+                           the held-out marks, too, where there are no seeds
   counts                   episodes and steps per quality
   statistics               count, mean, m2, min, max per column, in a form that merges exactly (Chan et al. 1979)
   content                  a hash per array, independent of codec and chunks
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from ..errors import FocalError
 from .episodes import Array, Episodes, Quality
-from .quality import QualityRule
-from .records import Reader, Split, TaskRecord, rule_from_json
+from .quality import QualityRule, draw_heldout, label_episodes
+from .records import Reader, References, Split, TaskRecord, rule_from_json
 from .sources import Source
 from .storage import AGAIN, canonical_json
 from .store import Store, array_hash, episode_arrays, evaluation_arrays, inspect_store, write_store
+
+Labels = Literal["scores", "given"]
+"""Where the levels come from: computed from returns and references, or said by the source of imported data."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class TaskEntry:
     """Per quality name (random, medium, expert, mixed), held-out episodes included."""
     rule: QualityRule
     heldout_seeds: tuple[int, ...]
+    labels: Labels
     content: Mapping[str, str] = field(repr=False)
     """Content hash per array."""
     store: Store = field(repr=False)
@@ -76,13 +82,19 @@ def store_folder(index: int) -> str:
 
 
 def write_task(
-    folder: Path, record: TaskRecord, rule: QualityRule, heldout_seeds: Iterable[int], episodes: Episodes, **codec: Any
+    folder: Path,
+    record: TaskRecord,
+    rule: QualityRule,
+    heldout_seeds: Iterable[int],
+    episodes: Episodes,
+    labels: Labels = "scores",
+    **codec: Any,
 ) -> None:
     """Write the store of a task, whose episodes are labelled already, into the empty `folder`."""
     arrays = {**episode_arrays(episodes), **evaluation_arrays(episodes)}
     attributes = {
         "task": record.to_json(),
-        "quality": {"rule": asdict(rule), "heldout_seeds": list(heldout_seeds)},
+        "quality": {"rule": asdict(rule), "heldout_seeds": list(heldout_seeds), "labels": labels},
         "counts": {name: asdict(count) for name, count in count_levels(episodes).items()},
         "statistics": {
             name: statistics(values)
@@ -109,12 +121,19 @@ def inspect_task(source: Source, index: int, files: Mapping[str, int], documents
     seeds = tuple(quality.items("heldout_seeds", int))
     if min(seeds, default=0) < 0:
         raise FocalError(f"{where}: heldout_seeds are {seeds}, expected 0 or more; {AGAIN}")
+    labels = quality.text("labels") if "labels" in store.attributes["quality"] else "scores"
+    if labels not in ("scores", "given") or (labels == "scores" and not record.references.known):
+        raise FocalError(
+            f"{where}: labels are {labels[:40]!r} with {len(record.references.random_returns)} reference returns, "
+            f"expected 'scores', which need references, or 'given'; {AGAIN}"
+        )
     return TaskEntry(
         index=index,
         record=record,
         counts=_counts(read.mapping("counts"), store, where),
         rule=rule_from_json(quality.mapping("rule"), where),
         heldout_seeds=seeds,
+        labels=cast(Labels, labels),
         content=content,
         store=store,
     )
@@ -161,3 +180,45 @@ def statistics(values: Array) -> dict[str, Any]:
         "min": columns.min(axis=0).astype(np.float64).tolist(),
         "max": columns.max(axis=0).astype(np.float64).tolist(),
     }
+
+
+def read_verified(entry: TaskEntry) -> Episodes:
+    """Read all episodes of a task and check them against its content hashes, so that no damage is passed on.
+
+    Raises `FocalError` naming the array that is wrong.
+    """
+    episodes = entry.store.read_episodes()
+    for name, values in episode_arrays(episodes).items():
+        if array_hash(values) != entry.content[name]:
+            raise FocalError(f"{entry.store.where}: array {name} does not have its content hash; {AGAIN}")
+    return episodes
+
+
+def recomputed_labels(
+    episodes: Episodes, references: References, rule: QualityRule, heldout_seeds: Sequence[int], labels: Labels
+) -> dict[str, Array]:
+    """Compute again the (E,) fields `qualities` and `heldout` that follow from returns, references, rule and seeds.
+
+    Given labels follow from nothing, and neither do held-out marks without seeds: those are not in the answer.
+    """
+    if labels == "given":
+        if not heldout_seeds:
+            return {}
+        return {"heldout": draw_heldout(episodes.sac_steps, rule.heldout_fraction, heldout_seeds)}
+    scale = references.random, references.expert, references.reached_expert
+    labelled = label_episodes(episodes, rule, *scale, heldout_seeds)
+    return {"qualities": labelled.qualities, "heldout": labelled.heldout}
+
+
+def labelling_that_holds(
+    episodes: Episodes, references: References, rule: QualityRule, heldout_seeds: Sequence[int], labels: Labels
+) -> tuple[tuple[int, ...], Labels]:
+    """Return the seeds and labels to declare for `episodes` as they are: the same where they still follow, else given.
+
+    Levels and held-out marks themselves are never changed, so an episode held out stays so.
+    """
+    for declared in dict.fromkeys([(tuple(heldout_seeds), labels), (tuple(heldout_seeds), cast(Labels, "given"))]):
+        computed = recomputed_labels(episodes, references, rule, *declared)
+        if all(np.array_equal(getattr(episodes, name), values) for name, values in computed.items()):
+            return declared
+    return (), "given"

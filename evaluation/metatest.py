@@ -4,6 +4,7 @@ Every number is reported beside controls that must be worse (or better, for the 
 look like success.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -15,7 +16,9 @@ from ..datasets import Collection, TaskEntry, Transitions
 from ..envs import BatchedEnvs, Rollouts, TaskFamily, get_family, make_batch, rollout
 from ..errors import FocalError
 from ..trainer.agent import Agent
-from ..trainer.policies import load_policy_file
+from ..trainer.diagnostics import embedding_metrics
+from ..trainer.networks import TanhGaussianPolicy
+from ..trainer.policies import load_policy
 from .embeddings import embed_contexts, nearest_centroid_accuracy, spread
 from .statistics import normalised
 
@@ -54,6 +57,11 @@ class TaskReturns:
         """The returns this family reports (K, E): sparse where there are any (FOCAL section 5.1)."""
         return self.dense if self.sparse is None else self.sparse
 
+    def mean_of_last(self, count: int) -> "TaskReturns":
+        """Return the means (K, E) over the last `count` of returns (K, E, R)."""
+        sparse = None if self.sparse is None else self.sparse[..., -count:].mean(axis=-1)
+        return TaskReturns(self.dense[..., -count:].mean(axis=-1), sparse)
+
     def to_json(self) -> dict[str, Any]:
         """Return every return as JSON values."""
         return {
@@ -83,6 +91,10 @@ class ContextSource:
         """Return contexts for every episode of `envs`, K tasks times E, as `agent` embeds them."""
         raise NotImplementedError
 
+    def result(self, contexts: Contexts) -> "TaskReturns | None":
+        """Return the returns (K, E) where gathering the contexts gave the result; None: an episode is played after."""
+        return None
+
 
 class OfflineTransitions(ContextSource):
     """Logged transitions of the test task, drawn independently, with replacement (FOCAL algorithm 2)."""
@@ -110,10 +122,10 @@ class MetaTestResult:
     skipped: tuple[int, ...]
     heldout_only: bool
     conditions: dict[str, TaskReturns]
-    untrained_reference: np.ndarray  # (K,) deterministic untrained behaviour policy, reported reward
-    expert_reference: np.ndarray  # (K,) deterministic behaviour expert, reported reward
+    untrained_reference: np.ndarray  # (K,) deterministic untrained behaviour policy, reported reward; NaN: not known
+    expert_reference: np.ndarray  # (K,) deterministic behaviour expert, reported reward; NaN: not known
     optimum: np.ndarray | None  # (K,) where a closed-form optimum exists
-    counted: np.ndarray  # (K,) bool: the task's behaviour expert passed its absolute test
+    counted: np.ndarray  # (K,) bool: references are known and the task's behaviour expert passed its absolute test
     embeddings: np.ndarray = field(repr=False)  # (K, E, L) of the right contexts
     centroids: np.ndarray = field(repr=False)  # (K, L) mean embedding of each task's logged contexts
     context_returns: TaskReturns | None = None  # (K, E, R) of episodes that were rolled out for a context
@@ -160,8 +172,8 @@ class MetaTestResult:
             "skipped_tasks": list(self.skipped),
             "heldout_context_only": self.heldout_only,
             "optimum": None if self.optimum is None else self.optimum.tolist(),
-            "untrained_reference": self.untrained_reference.tolist(),
-            "expert_reference": self.expert_reference.tolist(),
+            "untrained_reference": _or_none(self.untrained_reference),
+            "expert_reference": _or_none(self.expert_reference),
             "expert_passed": self.counted.tolist(),
             "embeddings": self.embeddings.tolist(),
             "centroids": self.centroids.tolist(),
@@ -170,7 +182,7 @@ class MetaTestResult:
                 name: {
                     "mean": self.mean(name),
                     "score": self.score(name),
-                    "task_scores": [None if np.isnan(score) else score for score in self.task_scores(name).tolist()],
+                    "task_scores": _or_none(self.task_scores(name)),
                     "share_of_optimum": self.share_of_optimum(name),
                     **returns.to_json(),
                 }
@@ -206,24 +218,30 @@ def meta_test(
     """Test `agent` on `tasks` beside all controls; `untrained` is the same method before training.
 
     Every episode has a context of its own, from `source`, and all conditions play the same episode seeds. The wrong
-    context is that of the task half-way round the ordered list.
+    context is that of the task half-way round the ordered list; there is none where there is no other task, or where
+    the result is of the episodes that gathered the context.
     """
     count = len(tasks.entries)
     envs = make_batch(tasks.family, [entry.record.params for entry in tasks.entries for _ in range(episodes)])
     seeds = episode_seeds(seed, count * episodes)
-    contexts = source.gather(agent, tasks, envs, seed)
-    play = {
-        RIGHT: lambda: play_agent(envs, agent, contexts.embeddings, seeds),
-        WRONG: lambda: play_agent(envs, agent, contexts.wrong, seeds),
-        UNTRAINED: lambda: play_agent(envs, untrained, source.gather(untrained, tasks, envs, seed).embeddings, seeds),
-        ZERO: lambda: rollout(envs, lambda obs: np.zeros((len(obs), tasks.family.act_dim), np.float32), seeds),
-        EXPERT: lambda: play_experts(envs, tasks, episodes, seeds),
+    contexts, before = (source.gather(one, tasks, envs, seed) for one in (agent, untrained))
+
+    def played(rollouts: Rollouts) -> TaskReturns:
+        return task_returns(rollouts, count, episodes)
+
+    conditions = {
+        RIGHT: source.result(contexts) or played(play_agent(envs, agent, contexts.embeddings, seeds)),
+        UNTRAINED: source.result(before) or played(play_agent(envs, untrained, before.embeddings, seeds)),
+        ZERO: played(rollout(envs, lambda obs: np.zeros((len(obs), tasks.family.act_dim), np.float32), seeds)),
     }
-    if count < 2:
-        del play[WRONG]  # there is no other task
-    conditions = {name: task_returns(run(), count, episodes) for name, run in play.items()}
+    if count > 1 and source.result(contexts) is None:
+        conditions[WRONG] = played(play_agent(envs, agent, contexts.wrong, seeds))
+    # imported data come without behaviour policies
+    if all(tasks.collection.source.exists(f"{_expert_policy(entry)}.json") for entry in tasks.entries):
+        conditions[EXPERT] = played(play_experts(envs, tasks, episodes, seeds))
     envs.close()
     untrained_reference, expert_reference = _references(tasks)
+    reached = np.array([entry.record.references.reached_expert for entry in tasks.entries])
     return MetaTestResult(
         family=tasks.family.name,
         protocol=source.protocol,
@@ -237,7 +255,7 @@ def meta_test(
         untrained_reference=untrained_reference,
         expert_reference=expert_reference,
         optimum=_optimum(tasks),
-        counted=np.array([entry.record.references.reached_expert for entry in tasks.entries]),
+        counted=reached & np.isfinite(untrained_reference) & np.isfinite(expert_reference),
         embeddings=contexts.embeddings.reshape(count, episodes, -1),
         centroids=task_centroids(agent, tasks, seed),
         context_returns=contexts.returns,
@@ -245,7 +263,7 @@ def meta_test(
 
 
 def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int, seed: int) -> dict[str, float]:
-    """Test with right and wrong context only; what training logs while it runs."""
+    """Test with right and wrong context only, and measure the spread of the embeddings; what training logs."""
     count = len(tasks.entries)
     parameters = [entry.record.params for entry in tasks.entries for _ in range(episodes)]
     envs = make_batch(tasks.family, parameters, threads=1)  # the other cores train the other seeds
@@ -254,9 +272,12 @@ def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int,
     sources = {"return": own}
     if count > 1:
         sources["wrong_context_return"] = half_way_round(own, count)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, source in sources.items():
         embeddings = embed_contexts(agent, tasks.contexts, source, context_size, seed)
+        if name == "return":
+            measured = embedding_metrics(torch.from_numpy(embeddings[::episodes]))  # one context per task
+            metrics |= {f"test/{measure}": value for measure, value in measured.items()}
         returns = task_returns(play_agent(envs, agent, embeddings, seeds), count, episodes)
         metrics[f"test/{name}"] = float(returns.reported.mean())
     envs.close()
@@ -265,16 +286,19 @@ def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int,
 
 def play_agent(envs: BatchedEnvs, agent: Agent, embeddings: np.ndarray, seeds: Sequence[int]) -> Rollouts:
     """Roll the deterministic policy out, one embedding (M, L) per episode."""
-    return rollout(envs, lambda observations: agent.act(observations[:, None], embeddings)[:, 0], seeds)
+    calls = itertools.count()
+
+    def act(observations: np.ndarray) -> np.ndarray:
+        return agent.act(observations[:, None], embeddings, at_reset=next(calls) == 0)[:, 0]
+
+    return rollout(envs, act, seeds)
 
 
 def play_experts(envs: BatchedEnvs, tasks: TestTasks, episodes: int, seeds: Sequence[int]) -> Rollouts:
     """Roll each task's best behaviour policy out deterministically: what stage two could at best imitate."""
     experts = []
     for entry in tasks.entries:
-        step = entry.record.references.expert_sac_step
-        path = tasks.collection.path / "policies" / f"task_{entry.index:04d}" / f"step_{step:09d}"
-        experts.append(load_policy_file(path)[0])
+        experts.append(read_policy(tasks.collection, _expert_policy(entry)))
 
     @torch.no_grad()
     def act(observations: np.ndarray) -> np.ndarray:
@@ -282,6 +306,12 @@ def play_experts(envs: BatchedEnvs, tasks: TestTasks, episodes: int, seeds: Sequ
         return torch.cat([expert.mode(rows) for expert, rows in zip(experts, inputs, strict=True)]).numpy()
 
     return rollout(envs, act, seeds)
+
+
+def read_policy(collection: Collection, stem: str) -> TanhGaussianPolicy:
+    """Read a behaviour policy from the collection, wherever that is."""
+    where = f"{collection.source}/{stem}"
+    return load_policy(lambda suffix, limit: collection.read_file(stem + suffix, limit), where)[0]
 
 
 def task_centroids(agent: Agent, tasks: TestTasks, seed: int) -> np.ndarray:
@@ -302,6 +332,15 @@ def half_way_round(own: np.ndarray, count: int) -> np.ndarray:
     return (own + count // 2) % count
 
 
+def _expert_policy(entry: TaskEntry) -> str:
+    """Where the best behaviour policy of a task is in its collection, without suffix."""
+    return f"policies/task_{entry.index:04d}/step_{entry.record.references.expert_sac_step:09d}"
+
+
+def _or_none(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else value for value in values.tolist()]
+
+
 def episode_seeds(seed: int, count: int, *stream: int) -> list[int]:
     """Return the reset seeds of `count` episodes."""
     words = np.random.SeedSequence(seed, spawn_key=(EPISODE_STREAM, *stream)).generate_state(count)
@@ -317,13 +356,16 @@ def task_returns(rollouts: Rollouts, count: int, episodes: int) -> TaskReturns:
 
 
 def _references(tasks: TestTasks) -> tuple[np.ndarray, np.ndarray]:
-    """Deterministic reference returns (K,) of untrained and best behaviour policy, in the reported reward."""
+    """Deterministic reference returns (K,) of untrained and best behaviour policy, in the reported reward.
+
+    NaN for an imported task that has none.
+    """
     references = [entry.record.references for entry in tasks.entries]
     if tasks.family.sparse:
         pairs = [(r.random_sparse_deterministic, r.expert_sparse_deterministic) for r in references]
     else:
         pairs = [(r.random_deterministic, r.expert_deterministic) for r in references]
-    means = np.array([[np.mean(untrained), np.mean(expert)] for untrained, expert in pairs])
+    means = np.array([[np.mean(returns) if len(returns) else np.nan for returns in pair] for pair in pairs])
     return means[:, 0], means[:, 1]
 
 

@@ -4,10 +4,12 @@
     shift     the behaviour policies of OTHER tasks rolled out in the test task: the right task, but states and actions
               that its own data may never show (as UNICORN's out-of-distribution test)
     online    episodes that the agent collects in the test task, the first without a context (embedding 0, the mean of
-              every encoder's prior); size 1 is one-shot adaptation, and 5 episodes with a new embedding after each is
-              the protocol of MBML's code
+              every encoder's prior); size 1 is one-shot adaptation
+    mbml      the protocol of MBML's code (reference-facts 5.2): 5 episodes, the first with an embedding drawn from the
+              prior, each further one with a draw from the posterior of all before it; their last 3 are the result
 
-Whatever the protocol, the episode reported is played deterministically with its context fixed.
+In all but the last the episode reported is played after the context has been gathered, which stays fixed. Reported
+episodes are always played deterministically.
 """
 
 from collections.abc import Sequence
@@ -21,20 +23,23 @@ from ..envs import BatchedEnvs, Rollouts, make_batch, rollout
 from ..errors import FocalError, UsageError
 from ..trainer.agent import Agent
 from ..trainer.networks import TanhGaussianPolicy
-from ..trainer.policies import load_policy_file
 from ..trainer.replay import TaskReplay
 from .metatest import (
     Contexts,
     ContextSource,
     OfflineTransitions,
+    TaskReturns,
     TestTasks,
     episode_seeds,
     half_way_round,
+    play_agent,
+    read_policy,
     task_of_episode,
     task_returns,
 )
 
-PROTOCOLS = ("offline", "shift", "online")
+PROTOCOLS = ("offline", "shift", "online", "mbml")
+MBML_EPISODES, MBML_REPORTED = 5, 3
 UNITS = ("transitions", "episodes")
 DRAW_STREAM, POLICY_STREAM, NOISE_STREAM = 8, 9, 10  # children of the test seed
 
@@ -130,31 +135,65 @@ class Online(ContextSource):
         return _as_contexts(embeddings, played, tasks)
 
 
+class MbmlOnline(ContextSource):
+    """`size` episodes with embeddings drawn from the prior and then from the posterior; the last 3 are the result."""
+
+    protocol: ClassVar[str] = "mbml"
+    unit = "episodes"
+
+    def gather(self, agent: Agent, tasks: TestTasks, envs: BatchedEnvs, seed: int) -> Contexts:
+        """See `ContextSource`."""
+        generator = torch.Generator(agent.device).manual_seed(_word(seed, NOISE_STREAM))
+        count = len(envs.tasks)
+        embeddings = agent.prior(count, generator).cpu().numpy()
+        played: list[Rollouts] = []
+        for r in range(self.size):
+            played.append(play_agent(envs, agent, embeddings, episode_seeds(seed, count, 1 + r)))
+            data = join_episodes(played)
+            steps = [np.arange(len(one.rows)) for one in data]
+            embeddings = embed_steps(agent, data, np.arange(count), steps, generator)
+        return _as_contexts(embeddings, played, tasks)
+
+    def result(self, contexts: Contexts) -> TaskReturns | None:
+        """Return the mean of the last 3 episodes (K, E), or of what there is."""
+        assert contexts.returns is not None
+        return contexts.returns.mean_of_last(MBML_REPORTED)
+
+
 _SOURCES: dict[tuple[str, str], type[ContextSource]] = {
     ("offline", "transitions"): OfflineTransitions,
     ("offline", "episodes"): OfflineEpisodes,
     ("shift", "transitions"): Shift,
     ("shift", "episodes"): ShiftEpisodes,
     ("online", "episodes"): Online,
+    ("mbml", "episodes"): MbmlOnline,
 }
 
 
 def context_source(protocol: str, unit: str | None, size: int | None, trained_size: int) -> ContextSource:
     """Return the source that the command line's words mean.
 
-    `unit` defaults to transitions (online: episodes), `size` to the training's for transitions and to 1 episode.
-    Raises `UsageError` for online contexts in transitions.
+    `unit` defaults to transitions (online, mbml: episodes), `size` to the training's for transitions, to 1 episode, and
+    to 5 with mbml. Raises `UsageError` for contexts in transitions where the agent collects them.
     """
-    unit = unit or ("episodes" if protocol == "online" else "transitions")
+    unit = unit or ("episodes" if protocol in ("online", "mbml") else "transitions")
     if (protocol, unit) not in _SOURCES:
         raise UsageError(f"--protocol {protocol} collects whole episodes, found --context-unit {unit}; leave it out")
-    return _SOURCES[protocol, unit](size or (trained_size if unit == "transitions" else 1))
+    usual = trained_size if unit == "transitions" else MBML_EPISODES if protocol == "mbml" else 1
+    return _SOURCES[protocol, unit](size or usual)
 
 
 def embed_steps(
-    agent: Agent, data: Sequence[Transitions], source: np.ndarray, steps: Sequence[np.ndarray]
+    agent: Agent,
+    data: Sequence[Transitions],
+    source: np.ndarray,
+    steps: Sequence[np.ndarray],
+    generator: torch.Generator | None = None,
 ) -> np.ndarray:
-    """Embed the transitions `steps[m]` of `data[source[m]]` for every m: (M, L). Contexts may differ in length."""
+    """Embed the transitions `steps[m]` of `data[source[m]]` for every m: (M, L). Contexts may differ in length.
+
+    With a `generator` the embeddings are samples of the posteriors, not their means.
+    """
     replay = TaskReplay(data, agent.transform, agent.settings, agent.device)
     first = replay.first.cpu().numpy()[source]
     lengths = np.array([len(one) for one in steps])
@@ -163,7 +202,8 @@ def embed_steps(
         rows = np.flatnonzero(lengths == length)
         chosen = np.stack([first[m] + steps[m] for m in rows.tolist()])
         context = replay.context_at(torch.as_tensor(chosen, device=agent.device))
-        embeddings[rows] = agent.embed(context).cpu().numpy()
+        embedded = agent.embed(context) if generator is None else agent.embed(context, generator)
+        embeddings[rows] = embedded.cpu().numpy()
     return embeddings
 
 
@@ -248,7 +288,7 @@ def _policies_of_others(tasks: TestTasks, envs: BatchedEnvs, seed: int) -> list[
                 "imported data have none; use --protocol offline"
             )
         if name not in loaded:
-            loaded[name] = load_policy_file(tasks.collection.path / name)[0]
+            loaded[name] = read_policy(tasks.collection, name)
         policies.append(loaded[name])
     return policies
 

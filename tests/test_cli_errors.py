@@ -58,6 +58,17 @@ def test_unknown_setting_names_the_nearest(stores, tmp_path):
     assert not (tmp_path / "runs").exists(), "a refused command must not leave a run behind"
 
 
+def test_what_cannot_be_trained_is_refused_before_a_run_is_written(stores, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "no CUDA device here; --device cpu" in fails(2, *train(stores, "--data", "mixed", "--device", "cuda"))
+    line = fails(1, *train(stores, "--data", "mixed", "--set", "context_size=100000"))
+    assert "contexts of 100000 transitions" in line
+    assert "--set context_size=" in line
+    line = fails(2, *train(stores, "--data", "mixed", "--set", "released.penalise_output=true"))
+    assert "has no effect here; --set regularisation.kind=policy" in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_task_counts():
     assert "expected TRAIN or TRAIN/TEST" in fails(2, "data", "generate", "--env", "point", "--tasks", "many")
 

@@ -10,6 +10,7 @@ from focal.envs.point_robot import SparsePointRobotEnv, straight_line_action, st
 from focal.evaluation import OfflineTransitions, meta_test, quick_test, select_test_tasks
 from focal.evaluation.embeddings import embed_contexts
 from focal.evaluation.metatest import EXPERT, RIGHT, UNTRAINED, WRONG, ZERO, TaskReturns
+from focal.trainer.diagnostics import embedding_metrics
 from focal.trainer.networks import TanhGaussianPolicy
 from focal.trainer.policies import save_policy
 from focal.trainer.settings import TrainSettings
@@ -36,14 +37,14 @@ class GoalReader:
         square = position.square().sum(-1) - distance.square()
         return torch.linalg.lstsq(matrix, (square[:, 1:] - square[:, :1]).unsqueeze(-1)).solution.squeeze(-1)
 
-    def act(self, observations, embeddings):
+    def act(self, observations, embeddings, at_reset=False):
         return straight_line_action(observations.astype(float), embeddings[:, None], np.zeros(2)).astype(np.float32)
 
 
 class Idle(GoalReader):
     """Does nothing, whatever the task."""
 
-    def act(self, observations, embeddings):
+    def act(self, observations, embeddings, at_reset=False):
         return np.zeros_like(observations)
 
 
@@ -128,6 +129,9 @@ def test_quick_test_agrees_with_the_full_one(tasks, result):
     quick = quick_test(GoalReader(), tasks, 32, EPISODES, 0)
     assert quick["test/return"] == pytest.approx(result.mean(RIGHT), rel=1e-5)
     assert quick["test/wrong_context_return"] == pytest.approx(result.mean(WRONG), abs=1e-5)
+    goals = torch.tensor([entry.record.params["goal"] for entry in tasks.entries], dtype=torch.float64)
+    spread = embedding_metrics(goals)  # the oracle's embedding is the goal
+    assert {name: quick[f"test/{name}"] for name in spread} == pytest.approx(spread, abs=1e-4)
 
 
 def test_context_of_a_task_also_trained_on_is_held_out(make_collection, tmp_path):

@@ -1,6 +1,7 @@
 """Where contexts come from: whole episodes, other tasks' policies, self-collected; and what no protocol may do."""
 
 import dataclasses
+import hashlib
 
 import gymnasium
 import numpy as np
@@ -13,12 +14,20 @@ from focal.envs import get_family, make_batch, rollout
 from focal.envs.point_robot import straight_line_action
 from focal.evaluation import OfflineTransitions, context_source, meta_test, metatest, select_test_tasks
 from focal.evaluation.metatest import RIGHT, WRONG, ZERO, play_agent
-from focal.evaluation.protocols import OfflineEpisodes, Online, Shift, ShiftEpisodes, embed_steps, join_episodes
+from focal.evaluation.protocols import (
+    MbmlOnline,
+    OfflineEpisodes,
+    Online,
+    Shift,
+    ShiftEpisodes,
+    embed_steps,
+    join_episodes,
+)
 from focal.experiment import training_data
-from focal.trainer.agent import new_agent
+from focal.trainer.agent import new_policy_agent
 from focal.trainer.networks import TanhGaussianPolicy
 from focal.trainer.policies import save_policy
-from focal.trainer.settings import TrainSettings
+from focal.trainer.settings import FocalSettings, TrainSettings
 from focal.trainer.transform import ObservationTransform
 
 TASKS, EPISODES = 4, 5
@@ -38,7 +47,7 @@ class Recorder:
         self.seen.append(context.numpy())
         return torch.stack([context[..., 4].sum(-1), torch.full((len(context),), float(context.shape[1]))], dim=-1)
 
-    def act(self, observations, embeddings, deterministic=True, generator=None):
+    def act(self, observations, embeddings, deterministic=True, generator=None, at_reset=False):
         shape = (*observations.shape[:-1], 2)
         if deterministic:
             return np.zeros(shape, np.float32)
@@ -54,7 +63,7 @@ class GoalReader(Recorder):
         square = position.square().sum(-1) - context[..., 4].double().square()
         return torch.linalg.lstsq(matrix, (square[:, 1:] - square[:, :1]).unsqueeze(-1)).solution.squeeze(-1)
 
-    def act(self, observations, embeddings, deterministic=True, generator=None):
+    def act(self, observations, embeddings, deterministic=True, generator=None, at_reset=False):
         if not deterministic:
             return super().act(observations, embeddings, deterministic, generator)
         return straight_line_action(observations.astype(float), embeddings[:, None], np.zeros(2)).astype(np.float32)
@@ -84,7 +93,13 @@ def collection(make_collection, tmp_path_factory):
     for name in names:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         save_policy(path / name, constant_policy(direction(int(name[14:18]))), {})
-    return dataclasses.replace(made, files=dict(made.files) | {f"{name}.json": (0, "") for name in names})
+    files = {
+        f"{name}{suffix}": (len(data), hashlib.sha256(data).hexdigest())
+        for name in names
+        for suffix in (".json", ".safetensors")
+        for data in [(path / f"{name}{suffix}").read_bytes()]
+    }
+    return dataclasses.replace(made, files={**made.files, **files})
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +185,40 @@ def test_online_starts_without_a_context_and_learns_from_its_own_episodes(tasks)
     assert result.mean(RIGHT) > 0.9 * result.optimum.mean()
     assert result.mean(WRONG) == 0.0
     assert result.context_returns.sparse.mean() < 0.2 * result.optimum.mean(), "the exploration itself earns little"
+
+
+class Sampler(GoalReader):
+    """Its prior is a known goal; samples of the posterior are the goal read, a little off."""
+
+    def __init__(self):
+        super().__init__()
+        self.samples = 0
+
+    def prior(self, count, generator):
+        return torch.tensor([[0.0, -1.0]]).expand(count, -1)
+
+    def embed(self, context, generator=None):
+        self.seen.append(context.numpy())
+        self.samples += generator is not None
+        return super().embed(context) + (0 if generator is None else 0.01 * torch.randn(2, generator=generator))
+
+
+def test_mbmls_protocol_starts_from_the_prior_and_reports_the_last_three(tasks):
+    agent = Sampler()
+    result = meta_test(agent, Sampler(), tasks, context_source("mbml", None, None, 8), EPISODES, seed=0)
+    assert (result.protocol, result.context_unit, result.context_size) == ("mbml", "episodes", 5)
+    assert WRONG not in result.conditions
+    returns = result.context_returns
+    assert returns.dense.shape == returns.sparse.shape == (TASKS, EPISODES, 5)
+    assert result.conditions[RIGHT].sparse == pytest.approx(returns.sparse[..., 2:].mean(axis=-1))
+    assert result.conditions[RIGHT].dense == pytest.approx(returns.dense[..., 2:].mean(axis=-1))
+    assert returns.sparse[..., 0].max() == 0.0, "the prior's goal is nobody's"
+    assert result.mean(RIGHT) > 0.9 * result.optimum.mean()
+    # a sample of the posterior after each episode, of everything so far, and the means for the centroids
+    assert agent.samples == 5
+    assert [context.shape[1] for context in agent.seen[:5]] == [20, 40, 60, 80, 100]
+    assert (agent.seen[4][:, :80] == agent.seen[3]).all()
+    assert isinstance(context_source("mbml", None, 3, 8), MbmlOnline)
 
 
 def test_online_embeds_everything_gathered_so_far(tasks, envs):
@@ -280,9 +329,9 @@ class TestAppendixC:
 
     @pytest.mark.parametrize("seed", range(3))
     def test_equal_embeddings_and_at_most_one_goal(self, twins, seed):
-        settings = TrainSettings(context_reward="sparse", latent_dim=3, context_size=40, encoder_hidden=(16,),
+        settings = FocalSettings(context_reward="sparse", latent_dim=3, context_size=40, encoder_hidden=(16,),
                                  control_hidden=(16,))  # fmt: skip
-        agent = new_agent(settings, Recorder.transform, 2, torch.Generator().manual_seed(seed))
+        agent = new_policy_agent(settings, Recorder.transform, 2, torch.Generator().manual_seed(seed))
         steps = [np.arange(40)] * 2
         first, second = embed_steps(agent, twins.contexts, np.array([0, 1]), steps)
         assert (first == second).all()

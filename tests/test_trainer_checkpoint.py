@@ -12,7 +12,7 @@ from focal.trainer.checkpoint import list_checkpoints, load_checkpoint, save_che
 from focal.trainer.files import sha256
 from focal.trainer.focal import Focal
 from focal.trainer.replay import TaskReplay, sample_meta_batch
-from focal.trainer.settings import TrainSettings
+from focal.trainer.settings import FocalSettings
 from focal.trainer.transform import ObservationTransform
 
 from .trainer_toys import TINY, walk_data, with_settings
@@ -21,7 +21,7 @@ RAW = ObservationTransform(2, (0, 1), (1.0, 1.0))
 FULL = with_settings(regularisation__kind="value-penalty", regularisation__adaptive=True, entropy__learnt=True)
 
 
-def trained(settings: TrainSettings = FULL, steps: int = 3, seed: int = 0) -> tuple[Focal, dict[str, torch.Generator]]:
+def trained(settings: FocalSettings = FULL, steps: int = 3, seed: int = 0) -> tuple[Focal, dict[str, torch.Generator]]:
     focal = Focal(settings, RAW, 2, torch.Generator().manual_seed(seed))
     generators = {"training": torch.Generator().manual_seed(seed + 1)}
     advance(focal, generators, steps)
@@ -52,9 +52,9 @@ def test_restored_agents_act_alike(tmp_path: Path):
     path = save_checkpoint(tmp_path, 3, focal, generators)
     other, others = trained(steps=0, seed=7)
     observations, embeddings = torch.randn(2, 4, 2), torch.rand(2, 3)
-    assert not torch.equal(other.act(observations, embeddings), focal.act(observations, embeddings))
+    assert not torch.equal(other.agent.act(observations, embeddings), focal.agent.act(observations, embeddings))
     load_checkpoint(path, other, others)
-    assert torch.equal(other.act(observations, embeddings), focal.act(observations, embeddings))
+    assert torch.equal(other.agent.act(observations, embeddings), focal.agent.act(observations, embeddings))
 
 
 def test_optimisers_that_never_stepped_are_restored_as_such(tmp_path: Path):

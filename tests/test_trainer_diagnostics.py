@@ -3,12 +3,17 @@
 import pytest
 import torch
 
+from focal.settings import override
 from focal.trainer.diagnostics import (
     effective_dimensions,
     effective_separation_rate,
     embedding_metrics,
     root_mean_square_spread,
+    separation_matrix,
+    value_bound,
+    value_drift,
 )
+from focal.trainer.settings import FocalSettings
 
 
 def test_esr_counts_pairs_beyond_two_thirds_per_dimension():
@@ -38,3 +43,32 @@ def test_dimensions_count_the_directions_in_use():
     corners = torch.tensor([[a, b, 0.3] for a in (-1.0, 1.0) for b in (-1.0, 1.0)])
     assert effective_dimensions(corners) == pytest.approx(2, abs=1e-6)
     assert effective_dimensions(torch.ones(4, 3)) == 0
+
+
+def test_separation_is_the_mean_square_difference_per_dimension():
+    matrix = separation_matrix(torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 1.0]]))
+    assert matrix.tolist() == [[0, 0.5, 1.0], [0.5, 0, 2.5], [1.0, 2.5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "bound"),
+    [
+        ({"entropy.weight": 1}, 100 * (5 * 3 + 1) / 0.1),
+        ({"regularisation.kind": "policy", "regularisation.alpha": 50}, 100 * (5 * 3 + 1) / 0.1),
+        ({"regularisation.kind": "value-penalty", "regularisation.alpha": 50}, 100 * (5 * 3 + 50 + 1) / 0.1),
+        ({"regularisation.kind": "value-penalty", "regularisation.adaptive": True}, 100 * (5 * 3 + 2000 + 1) / 0.1),
+        ({"value_limit": 7}, 7),
+        ({"discount": 1}, 100 * (5 * 3 + 1) / 0.001),
+    ],
+)
+def test_values_are_bounded_by_100_times_the_largest_return(changes: dict, bound: float):
+    settings = override(FocalSettings(), {"discount": 0.9, "reward_scale": 5} | changes)
+    assert value_bound(settings, largest_reward=3.0) == pytest.approx(bound)
+
+
+def test_drift_is_the_growth_per_thousand_steps_since_the_last_row():
+    now = {"critic/value": 7.0, "critic/next_value": 1.0}
+    assert value_drift(now, 300, {"step": 100, "critic/value": 5.0}) == {"critic/value_drift": 10.0}
+    assert value_drift(now, 300, {"step": 100, "critic/value": None}) == {}  # it was not finite
+    assert value_drift(now, 300, {}) == {}
+    assert value_drift({}, 300, {"step": 100, "critic/value": 5.0}) == {}

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from focal.trainer.distance import distance_metric_loss
 
@@ -30,6 +32,51 @@ def test_paper_form_of_each_power(power, beta, negative):
     assert metrics["encoder/positive"].item() == pytest.approx(POSITIVE, abs=1e-6)
     assert metrics["encoder/negative"].item() == pytest.approx(negative, rel=1e-5)
     assert loss.item() == pytest.approx(POSITIVE + negative, rel=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**31), count=st.integers(2, 30), latent=st.integers(1, 8))
+def test_lemma_b1_the_sum_of_squared_distances_is_twice_n_squared_times_the_variance(seed, count, latent):
+    """Lemma B.1 of the paper, summed over dimensions; the positive term is that sum per pair and dimension."""
+    points = torch.randn(count, latent, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    _, metrics = distance_metric_loss(points, torch.zeros(count, dtype=torch.long))
+    total = metrics["encoder/positive"] * count * (count - 1) * latent  # over ordered pairs i != j
+    assert torch.isclose(total, 2 * count**2 * points.var(dim=0, correction=0).sum())
+    assert torch.isclose(total, (points.unsqueeze(1) - points).square().sum())
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 2**31), power=st.sampled_from([-2, -1, 1, 2]), form=st.sampled_from(["paper", "released"]))
+def test_the_loss_depends_on_distances_alone(seed, power, form):
+    """Moving, turning or reordering all embeddings together changes nothing."""
+    draw = torch.Generator().manual_seed(seed)
+    points = torch.randn(8, 3, dtype=torch.float64, generator=draw)
+    labels = torch.randint(3, (8,), generator=draw)
+    power = -2 if form == "released" else power
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=draw))
+    order = torch.randperm(8, generator=draw)
+    loss, _ = distance_metric_loss(points, labels, power, form=form)
+    moved, _ = distance_metric_loss((points @ turn + 1.5)[order], labels[order], power, form=form)
+    assert torch.isclose(loss, moved)
+
+
+@settings(deadline=None, max_examples=40)
+@given(near=st.floats(0.01, 1.0), farther=st.floats(0.01, 1.0), power=st.sampled_from([-2, -1, 1, 2]))
+def test_every_power_repels_less_the_farther_apart(near, farther, power):
+    labels = torch.tensor([0, 1])
+    losses = [
+        distance_metric_loss(torch.tensor([[0.0], [distance]], dtype=torch.float64), labels, power)[0]
+        for distance in (near, near + farther)
+    ]
+    assert losses[1] < losses[0]
+
+
+def test_without_a_beta_it_is_the_papers():
+    for power, beta in ((-2, 1.0), (-1, 2.0), (1, 8.0), (2, 16.0)):
+        assert (
+            distance_metric_loss(EMBEDDINGS, LABELS, power)[0]
+            == distance_metric_loss(EMBEDDINGS, LABELS, power, beta)[0]
+        )
 
 
 def test_released_form():

@@ -73,6 +73,60 @@ def test_divergence_reaches_the_policys_actions_only():
     assert logged.grad is None
 
 
+def trained_estimate(kind: str, policy: tuple[float, float], logged: tuple[float, float], penalty: float) -> float:
+    """Divergence of one 1-D Gaussian (mean, deviation) from another, by a trained discriminator on fresh samples."""
+    draw, size, steps, rate = torch.Generator().manual_seed(1), 512, 500, 1e-2
+    discriminator = StateActionNet(1, 1, (32, 32), draw)
+    optimiser = torch.optim.Adam(discriminator.parameters(), lr=rate)
+
+    def sample(gaussian: tuple[float, float], count: int) -> torch.Tensor:
+        return gaussian[0] + gaussian[1] * torch.randn(1, count, 1, generator=draw)
+
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = rate * (1 - step / steps)
+        loss, _ = discriminator_loss(
+            discriminator, torch.zeros(1, size, 1), sample(policy, size), sample(logged, size), kind, penalty, draw
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    count = 200_000
+    samples = sample(policy, count), sample(logged, count)
+    with torch.no_grad():
+        return policy_divergence(discriminator, kind, torch.zeros(1, count, 1), *samples).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("policy", "logged"), [((0.3, 0.2), (0.1, 0.2)), ((0.0, 0.15), (0.1, 0.3)), ((0.1, 0.25), (0.0, 0.25))]
+)
+def test_dual_kl_reaches_the_closed_form_of_gaussians_without_penalty(policy, logged):
+    (m, s), (n, t) = policy, logged
+    expected = math.log(t / s) + (s**2 + (m - n) ** 2) / (2 * t**2) - 0.5
+    assert trained_estimate("kl", policy, logged, penalty=0.0) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("shift", [0.2, 0.5])
+def test_dual_wasserstein_reaches_the_closed_form_of_shifted_gaussians(shift):
+    """W1 of two Gaussians of one deviation is the distance of their means; the penalty stands in for slope <= 1."""
+    assert trained_estimate("wasserstein", (shift, 0.1), (0.0, 0.1), penalty=50.0) == pytest.approx(shift, rel=0.05)
+
+
+def test_d2_penalises_the_output_and_caps_the_kl_estimate():
+    """Flat and large is punished, steep and small is not; at |c| = 1 the KL estimate is at most 0.96."""
+    discriminator = linear_discriminator([0.0, 0.0])
+    data = torch.zeros(1, 4, 2), torch.zeros(1, 4, 2), torch.zeros(1, 4, 2)
+    with torch.no_grad():
+        discriminator.body[0].bias.fill_(3.0)
+    penalty, slope = gradient_penalty(discriminator, *data, of_output=True)
+    assert (penalty.item(), slope.item()) == pytest.approx(((3 - 1) ** 2, 3.0))
+    steep = linear_discriminator([30.0, 40.0])  # slope 50, output 0 at action 0
+    assert gradient_penalty(steep, *data, of_output=True)[0].item() == 0
+    assert gradient_penalty(steep, *data)[0].item() == pytest.approx(49.0**2)
+    assert dual_divergence("kl", torch.tensor(1.0), torch.tensor(-1.0)).item() == pytest.approx(0.96, abs=5e-3)
+    loss, _ = discriminator_loss(discriminator, *data, "wasserstein", 5.0, penalise_output=True)
+    assert loss.item() == pytest.approx(5 * 4.0)
+
+
 @pytest.mark.parametrize("kind", ["kl", "wasserstein"])
 def test_a_trained_discriminator_tells_policies_apart(kind):
     """The farther the policy's actions from the logged ones, the larger the divergence; for equal ones about 0."""

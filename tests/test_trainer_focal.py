@@ -6,18 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from focal.trainer.agent import augment
-from focal.trainer.focal import (
-    Focal,
-    actor_loss,
-    critic_loss,
-    critic_targets,
-    entropy_weight_loss,
-    polyak_update,
-    updated_alpha,
-)
+from focal.trainer.control import actor_loss, critic_loss, critic_targets, entropy_weight_loss, updated_alpha
+from focal.trainer.focal import Focal
 from focal.trainer.networks import StateActionNet, TanhGaussianPolicy, TwinCritic
+from focal.trainer.optimisers import polyak_update
 from focal.trainer.replay import Batch, TaskReplay, sample_meta_batch
-from focal.trainer.settings import RegularisationSettings, TrainSettings
+from focal.trainer.settings import FocalSettings, RegularisationSettings
 from focal.trainer.transform import ObservationTransform
 
 from .trainer_toys import TINY, walk_data, with_settings
@@ -67,20 +61,22 @@ def three_steps() -> Batch:
     )
 
 
-def targets_of(settings: TrainSettings, alpha: float = 0.0, entropy_weight: float = 0.0) -> list[float]:
+def targets_of(settings: FocalSettings, alpha: float = 0.0, entropy_weight: float = 0.0) -> list[float]:
     discriminator = StateActionNet(1, 1, ())
     linear(discriminator, [0, 1], 0.0)  # c(s, a) = a
-    return critic_targets(
+    targets, _ = critic_targets(
         certain_policy(0.5493061),  # acts tanh(0.5493061) = 0.5
         constant_critic(10.0, 7.0),
         discriminator if settings.regularisation.kind != "none" else None,
         three_steps(),
         torch.zeros(1, 3, 1),
+        torch.zeros(1, 3, 1),
         settings,
         torch.tensor(alpha),
         torch.tensor(entropy_weight),
         generator(),
-    )[0].tolist()
+    )
+    return targets[0].tolist()
 
 
 def test_targets_bootstrap_through_truncation_and_stop_at_termination():
@@ -225,7 +221,7 @@ def test_a_network_that_does_not_learn_keeps_no_gradient():
     focal = Focal(EVERYTHING, RAW, 2, generator())
     focal.update(sample_meta_batch(replay, EVERYTHING, generator(1), False, True), generator(2))
     assert all(parameter.grad is None for parameter in focal.agent.encoder.parameters())
-    assert all(parameter.grad is None for parameter in focal.target_critic.parameters())
+    assert all(parameter.grad is None for parameter in focal.control.target_critic.parameters())
 
 
 def test_unregularised_settings_have_no_discriminator():
@@ -241,7 +237,7 @@ def test_maximum_entropy_can_be_switched_off():
     focal = Focal(settings, RAW, 2, generator())
     metrics = focal.update(sample_meta_batch(replay, settings, generator(1), True, True), generator(2))
     assert metrics["actor/entropy_weight"].item() == 0
-    assert focal.log_entropy_weight.item() == 0  # log 1, not moved
+    assert focal.control.log_entropy_weight.item() == 0  # log 1, not moved
 
 
 def test_updates_follow_from_the_generators_alone():
@@ -300,5 +296,5 @@ def test_wasserstein_and_every_power_train_without_nan():
 
 def test_targets_start_as_the_critic_and_take_no_gradient():
     focal = Focal(TINY, RAW, 2, generator())
-    assert all(not parameter.requires_grad for parameter in focal.target_critic.parameters())
-    assert all(map(torch.equal, focal.critic.parameters(), focal.target_critic.parameters()))
+    assert all(not parameter.requires_grad for parameter in focal.control.target_critic.parameters())
+    assert all(map(torch.equal, focal.control.critic.parameters(), focal.control.target_critic.parameters()))

@@ -13,15 +13,27 @@ import pytest
 import torch
 
 from focal import FocalError, UsageError
-from focal.trainer import loop
 from focal.trainer.agent import Agent
 from focal.trainer.checkpoint import list_checkpoints
+from focal.trainer.diagnostics import embedding_metrics
 from focal.trainer.focal import Focal
 from focal.trainer.journal import WALL_CLOCK, read_rows
 from focal.trainer.loop import RunSource, load_agent, train
+from focal.trainer.replay import TaskReplay
 from focal.trainer.runs import load_untrained_agent, read_run
+from focal.trainer.training import only_process
 
-from .trainer_toys import TINY, evaluate_toy, resume_settings, walk_data, with_settings
+from .trainer_toys import (
+    TINY,
+    VARIANTS,
+    evaluate_toy,
+    goal_at,
+    resume_settings,
+    variant,
+    walk_data,
+    walk_task,
+    with_settings,
+)
 
 
 class Interrupt(Exception):
@@ -58,7 +70,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same_run(run: Path, whole: Path) -> None:
     assert final_state(run) == final_state(whole)
     assert rows(run) == rows(whole)
-    assert rows(run, "evaluation") == rows(whole, "evaluation")
+    for name in ("evaluation", "embeddings"):
+        assert rows(run, name) == rows(whole, name)
 
 
 def test_logs_hold_every_phase_on_time(whole: Path):
@@ -67,6 +80,14 @@ def test_logs_hold_every_phase_on_time(whole: Path):
     assert [row["phase"] for row in metrics[:4]] == ["encoder", "encoder", "encoder", "control"]
     assert {"encoder/loss", "embedding/esr", "embedding/rms"} <= set(metrics[0])
     assert {"critic/loss", "actor/loss", "regularisation/alpha", "discriminator/slope"} <= set(metrics[-1])
+    assert {"critic/value_std", "critic/next_value_std", "regularisation/divergence"} <= set(metrics[-1])
+    drift = (metrics[-1]["critic/value"] - metrics[-2]["critic/value"]) / 2 * 1000  # the last rows are 2 steps apart
+    assert metrics[-1]["critic/value_drift"] == pytest.approx(drift)
+    embeddings = rows(whole, "embeddings")
+    assert [row["step"] for row in embeddings] == [15, 30, 42]
+    assert embeddings[-1]["tasks"] == [0, 1, 2, 3]
+    spread = embedding_metrics(torch.tensor(embeddings[-1]["embeddings"]))
+    assert spread == pytest.approx({name: metrics[-1][name] for name in spread}, abs=1e-4)
     assert [row["step"] for row in rows(whole, "evaluation")] == [15, 30, 42]
     times = [row["time/seconds"] for row in read_rows(whole / "seed_0" / "metrics.jsonl")]
     assert times == sorted(times)
@@ -85,6 +106,19 @@ def test_an_interrupted_run_ends_as_if_it_never_was(whole: Path, tmp_path: Path,
             train(run, walk_data(), resume_settings(), 0, evaluate_toy, resume=number > 0, progress=stop_at(stop))
     train(run, walk_data(), resume_settings(), 0, evaluate_toy, resume=True)
     assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_resumes_bit_identical(name: str, tmp_path: Path):
+    settings = dataclasses.replace(variant(name), steps=9, log_every=3, checkpoint_every=4, eval_every=5)
+    data = dataclasses.replace(walk_data(), absolute_x=0)
+    train(tmp_path / "whole", data, settings, 0)
+    with pytest.raises(Interrupt):
+        train(tmp_path / "run", data, settings, 0, progress=stop_at(7))
+    train(tmp_path / "run", data, settings, 0, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert read_run(tmp_path / "run").settings == settings
+    load_agent(tmp_path / "run", 0).act(np.zeros((1, 1, 2)), np.zeros((1, 3)))
 
 
 def test_the_clock_goes_on_after_a_resume(tmp_path: Path):
@@ -186,7 +220,7 @@ def test_a_run_folder_refuses_another_run(whole: Path):
 def test_one_process_trains_a_seed(tmp_path: Path):
     run = tmp_path / "run"
     train(run, walk_data(), TINY, 0)
-    with loop._only_process(run / "seed_0"), pytest.raises(FocalError, match="another process"):
+    with only_process(run / "seed_0"), pytest.raises(FocalError, match="another process"):
         train(run, walk_data(), TINY, 0, resume=True)
 
 
@@ -204,12 +238,58 @@ def test_nan_stops_with_its_name_and_keeps_the_last_good_checkpoint(tmp_path: Pa
     assert rows(tmp_path / "run")[-1]["step"] == 16
 
 
+def test_diverging_values_stop_with_the_bound_and_keep_the_last_good_checkpoint(tmp_path: Path):
+    settings = with_settings(value_limit=6, reward_scale=20, critic_learning_rate=0.01, tau=0.5, checkpoint_every=5)
+    message = (
+        r"values diverge: critic/value_largest is [\d.]+ at step \d+, above the bound 6; the last good checkpoint "
+    )
+    with pytest.raises(FocalError, match=message + r"is .*step_0000\d+; .*regularisation.*--set value_limit=NUMBER"):
+        train(tmp_path / "run", walk_data(), settings, 0)
+    load_agent(tmp_path / "run", 0)
+    logged = rows(tmp_path / "run")
+    assert 0 < logged[-1]["critic/value_largest"] <= 6
+    assert logged[-1]["step"] < 30
+
+
+def test_a_context_larger_than_the_store_is_refused_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(FocalError, match=r"contexts of 161 transitions.*holds only 160; .*--set context_size=160"):
+        train(tmp_path / "run", walk_data(episodes=40), with_settings(context_size=161), 0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dimensions_that_do_not_fit_the_run_are_refused(whole: Path):
+    agent = load_agent(whole, 0)
+    with pytest.raises(FocalError, match="observations have 3 columns, this run was trained on 2"):
+        agent.act(np.zeros((1, 1, 3)), np.zeros((1, 3)))
+    with pytest.raises(FocalError, match=r"rows have 7 columns, .* takes 5 \(observation, action, reward\)"):
+        agent.embed(np.zeros((1, 4, 7)))
+    wider = dataclasses.replace(walk_task(goal_at(0), 10, 0), observations=np.zeros((50, 3), np.float32))
+    with pytest.raises(FocalError, match="observations have 3 columns"):
+        TaskReplay([wider], agent.transform, agent.settings)
+
+
+def test_a_run_of_an_earlier_version_takes_todays_defaults_for_what_it_lacks(tmp_path: Path):
+    agent = train(tmp_path / "run", walk_data(), TINY, 0)
+    path = tmp_path / "run" / "settings.json"
+    values = json.loads(path.read_text())
+    added = {"encoder", "released", "encoder_after", "encoder_half_life", "gradients", "task_replacement",
+             "context_draws", "precision", "value_limit"}  # fmt: skip
+    values["settings"] = {name: value for name, value in values["settings"].items() if name not in added}
+    values["settings"]["distance"]["beta"] = 1.0  # it was always a number
+    path.write_text(json.dumps(values))
+    run = read_run(tmp_path / "run")
+    assert dataclasses.replace(run.settings, distance=TINY.distance) == TINY
+    observations, embeddings = np.ones((1, 2, 2)), np.ones((1, 3))
+    loaded = load_agent(tmp_path / "run", 0)
+    assert np.array_equal(loaded.act(observations, embeddings), agent.act(observations, embeddings))
+
+
 def test_weights_that_are_not_finite_are_never_checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     update = Focal.update
 
     def poisoned(self: Focal, *arguments: object) -> dict:
         metrics = update(self, *arguments)
-        self.critic.first.body[0].bias.data[0] = float("nan")  # after the metrics of the step were fine
+        self.control.critic.first.body[0].bias.data[0] = float("nan")  # after the metrics of the step were fine
         return metrics
 
     monkeypatch.setattr(Focal, "update", poisoned)

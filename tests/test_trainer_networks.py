@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 from focal.trainer.encoder import DeterministicEncoder, build_context, context_width
@@ -76,6 +78,48 @@ def test_twins_differ_and_are_stacked():
     assert not torch.allclose(values[0], values[1])
     assert torch.equal(values[0], critic.first(states, actions))
     assert StateActionNet(3, 2, (16,))(states[0, 0], actions[0, 0]).shape == ()
+
+
+def plain(body: torch.nn.Sequential, inputs: torch.Tensor) -> torch.Tensor:
+    for layer in body:
+        inputs = inputs @ layer.weight.T + layer.bias if isinstance(layer, torch.nn.Linear) else inputs.clamp_min(0)
+    return inputs
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    hidden=st.lists(st.sampled_from([1, 7, 16, 20, 32]), max_size=3),
+    inputs=st.integers(1, 20), outputs=st.integers(1, 18), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_filling_widths_up_to_cache_lines_changes_no_value_and_no_gradient(hidden, inputs, outputs, seed):
+    network = MLP(inputs, hidden, outputs, generator(seed)).double()
+    rows = torch.randn(3, 2, inputs, dtype=torch.float64, generator=generator(seed), requires_grad=True)
+    ours, expected = network(rows), plain(network.body, rows)
+    assert ours.shape == (3, 2, outputs)
+    assert torch.allclose(ours, expected, atol=1e-12)
+    weights = [rows, *network.parameters()]
+    for found, wanted in zip(*(torch.autograd.grad(y.square().sum(), weights) for y in (ours, expected)), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-12)
+    features = TanhGaussianPolicy(inputs, hidden, 2, generator=generator(seed)).double()
+    mean, _ = features(rows)
+    assert torch.allclose(mean, plain(features.body, rows) @ features.mean.weight.T + features.mean.bias, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(hidden=st.lists(st.sampled_from([1, 7, 16, 32]), max_size=3), seed=st.integers(0, 2**31))
+def test_action_gradient_and_its_gradient_are_autograds(hidden, seed):
+    network = StateActionNet(3, 2, hidden, generator(seed)).double()
+    states = torch.randn(4, 5, 3, dtype=torch.float64, generator=generator(seed))
+    actions = torch.randn(4, 5, 2, dtype=torch.float64, generator=generator(seed + 1), requires_grad=True)
+    (expected,) = torch.autograd.grad(plain(network.body, torch.cat([states, actions], -1)).sum(), actions,
+                                      create_graph=True)  # fmt: skip
+    found = network.action_gradient(states, actions.detach())
+    assert found.shape == actions.shape
+    assert torch.allclose(found, expected, atol=1e-12)
+    weights = [weight for name, weight in network.named_parameters() if name.endswith("weight")]
+    second = (torch.autograd.grad(y.square().sum(), weights, allow_unused=True) for y in (found, expected))
+    for ours, autograds in zip(*second, strict=True):
+        assert torch.allclose(ours, autograds, atol=1e-12)
 
 
 def test_encoder_ignores_the_order_and_repetition_of_transitions():

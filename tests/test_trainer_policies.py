@@ -59,7 +59,7 @@ def test_cut_files_are_refused_by_name(stem: Path, suffix: str, keep: int):
 
 def test_missing_files_are_refused_by_name(stem: Path):
     stem.with_suffix(".safetensors").unlink()
-    with pytest.raises(FocalError, match=r"step_000050000\.safetensors cannot be read"):
+    with pytest.raises(FocalError, match=r"step_000050000\.safetensors is missing"):
         load_policy_file(stem)
     stem.with_suffix(".json").unlink()
     with pytest.raises(FocalError, match=r"step_000050000\.json is missing"):

@@ -133,8 +133,9 @@ def test_meta_batch_holds_what_each_kind_of_step_needs():
 
 def test_both_contexts_of_a_task_come_from_that_task():
     data = TrainingData("toy", (0, 1), [two_episodes(), shifted(two_episodes(), 100)], 2, 1, None, "x")
-    replay = TaskReplay(data.tasks, RAW, TINY)
-    batch = sample_meta_batch(replay, TINY, generator(3), encoder=True, control=True)
+    settings = with_settings(context_size=3)
+    replay = TaskReplay(data.tasks, RAW, settings)
+    batch = sample_meta_batch(replay, settings, generator(3), encoder=True, control=True)
     for draw in range(2):
         assert ((batch.contexts[draw, :, :, 3] > 50).all(dim=1) == (batch.tasks == 1)).all()
     assert batch.transitions is not None
@@ -147,5 +148,10 @@ def test_data_that_do_not_fit_are_refused():
     with pytest.raises(FocalError, match=r"task 5 has .*\(2, 1\), expected \(3, 1\)"):
         TrainingData("toy", (5,), [two_episodes()], 3, 1, None, "x")
     nothing = {name: getattr(two_episodes(), name)[:0] for name in ("rows", "actions", "rewards", "terminated")}
+    replay = TaskReplay([two_episodes()], RAW, TINY)
+    with pytest.raises(FocalError, match=r"contexts of 4 transitions.*holds only 3; .*--set context_size=3"):
+        replay.sample_context(torch.tensor([0]), 4, generator())
+    with pytest.raises(FocalError, match=r"observations have 2 columns, this run was trained on 3"):
+        TaskReplay([two_episodes()], ObservationTransform(3, (0, 1, 2), (1.0, 1.0, 1.0)), TINY)
     with pytest.raises(FocalError, match="no transition"):
         TaskReplay([dataclasses.replace(two_episodes(), **nothing)], RAW, TINY)

@@ -4,7 +4,8 @@ import pytest
 
 from focal import UsageError
 from focal.settings import from_dict, override, to_dict
-from focal.trainer.settings import SCALES, TrainSettings, differences, train_settings
+from focal.trainer.methods import train_settings
+from focal.trainer.settings import SCALES, FocalSettings, differences
 
 FAMILIES = [
     "sparse-point-robot", "point-robot-wind", "half-cheetah-vel", "half-cheetah-fwd-back", "ant-fwd-back",
@@ -17,7 +18,7 @@ FAMILIES = [
 def test_every_family_and_scale_resolves_and_survives_json(family: str, scale: str):
     settings = train_settings(family, scale)
     settings.check()
-    assert from_dict(TrainSettings, to_dict(settings)) == settings
+    assert from_dict(FocalSettings, to_dict(settings)) == settings
 
 
 def test_paper_values_of_the_tables():
@@ -34,7 +35,8 @@ def test_paper_values_of_the_tables():
     assert (velocity.latent_dim, direction.latent_dim, ant.latent_dim) == (20, 5, 20)
     assert velocity.control_hidden == (300, 300, 300)
     assert velocity.encoder_hidden == (200, 200, 200)
-    assert (velocity.distance.power, velocity.distance.beta, velocity.distance.epsilon) == (-2, 1.0, 0.1)
+    assert (velocity.distance.power, velocity.distance.beta, velocity.distance.epsilon) == (-2, None, 0.1)
+    assert [s.encoder.kl_weight for s in (point, wind, velocity, walker)] == [1.0, 1.0, 0.1, 0.1]
 
 
 def test_laptop_point_robots_train_the_encoder_first():
@@ -66,7 +68,7 @@ def test_joint_ignores_encoder_steps():
 )
 def test_wrong_settings_are_refused_at_once(changes: dict, message: str):
     with pytest.raises(UsageError, match=message):
-        override(TrainSettings(), changes)
+        override(FocalSettings(), changes)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_wrong_settings_are_refused_at_once(changes: dict, message: str):
 )
 def test_settings_wrong_together_are_refused_by_check(changes: dict, message: str):
     with pytest.raises(UsageError, match=message):
-        override(TrainSettings(), changes).check()
+        override(FocalSettings(), changes).check()
 
 
 def test_unknown_family_and_scale_name_the_nearest():
@@ -90,5 +92,5 @@ def test_unknown_family_and_scale_name_the_nearest():
 
 
 def test_differences_are_dotted():
-    ours, theirs = to_dict(TrainSettings()), to_dict(override(TrainSettings(), {"distance.beta": 2, "steps": 1}))
+    ours, theirs = to_dict(FocalSettings()), to_dict(override(FocalSettings(), {"distance.beta": 2, "steps": 1}))
     assert differences(ours, theirs) == ["distance.beta", "steps"]

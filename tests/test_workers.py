@@ -53,12 +53,17 @@ def test_a_worker_that_dies_is_explained(jobs):
     assert "type it again" in str(failures[0])
 
 
+def _listen_to_ctrl_c() -> None:
+    """A shell without job control starts what runs in the background deaf to Ctrl-C, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_everything_at_once(tmp_path):
     """Interrupt the whole group, as a terminal does: no further job may start, and all processes must be gone."""
     command = [Path(sys.executable).with_name("focal-cli"), "data", "generate", "--env", "point", "--scale", "smoke",
                "--set", "sac.total_steps=3000", "-o", "x"]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)  # fmt: skip
+                               stderr=subprocess.STDOUT, preexec_fn=_listen_to_ctrl_c)  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("ckpt_*")) and time.monotonic() < deadline:
         time.sleep(0.2)

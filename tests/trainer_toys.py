@@ -5,15 +5,16 @@ import dataclasses
 import numpy as np
 
 from focal.datasets import Transitions
-from focal.settings import override
+from focal.settings import field_names, override, to_dict
 from focal.trainer.agent import Agent
+from focal.trainer.methods import find_method
 from focal.trainer.replay import TrainingData
-from focal.trainer.settings import TrainSettings
+from focal.trainer.settings import FocalSettings, TrainSettings
 
 HORIZON, STEP = 4, 0.25
 
 TINY = override(
-    TrainSettings(),
+    FocalSettings(),
     {
         "steps": 30, "latent_dim": 3, "meta_batch": 3, "context_size": 16, "batch_size": 8, "encoder_hidden": (16, 16),
         "control_hidden": (16, 16), "log_every": 4, "checkpoint_every": 10, "eval_every": 15, "reward_scale": 1.0,
@@ -72,7 +73,7 @@ def two_episodes() -> Transitions:
     )
 
 
-def with_settings(**changes: object) -> TrainSettings:
+def with_settings(**changes: object) -> FocalSettings:
     """TINY with dotted names written with double underscores."""
     return override(TINY, {name.replace("__", "."): value for name, value in changes.items()})
 
@@ -83,7 +84,7 @@ def shifted(task: Transitions, by: float) -> Transitions:
     return dataclasses.replace(task, **moved)
 
 
-def resume_settings() -> TrainSettings:
+def resume_settings() -> FocalSettings:
     """Both phases, everything learnt, and intervals that do not divide one another."""
     return with_settings(
         schedule="encoder-first",
@@ -95,6 +96,76 @@ def resume_settings() -> TrainSettings:
     )
 
 
+_ENCODER_FIRST = {"schedule": "encoder-first", "encoder_steps": 5}
+_VALUE_PENALTY = {"regularisation.kind": "value-penalty", "regularisation.discriminator_steps": 2}
+_POLICY = {"regularisation.kind": "policy", "regularisation.discriminator_steps": 1}
+# Every design choice of the paper and every departure of the released code, as differences from TINY.
+VARIANTS: dict[str, dict[str, object]] = {
+    "base": {},
+    "power -1": {"distance.power": -1},
+    "power 1": {"distance.power": 1},
+    "power 2": {"distance.power": 2},
+    "released distance": {"distance.form": "released"},
+    "one draw, tasks with replacement": {"context_draws": 1, "task_replacement": True},
+    "probabilistic": {"encoder.kind": "probabilistic"},
+    "probabilistic without metric": {"encoder.kind": "probabilistic", "distance.weight": 0},
+    "coupled": {"gradients": "coupled"},
+    "coupled, value penalty": {"gradients": "coupled", **_VALUE_PENALTY},
+    "coupled, policy": {"gradients": "coupled", **_POLICY},
+    "coupled, probabilistic, no metric (Batch PEARL)": {
+        "gradients": "coupled", "encoder.kind": "probabilistic", "distance.weight": 0,
+    },
+    "value penalty": _VALUE_PENALTY,
+    "policy": _POLICY,
+    "wasserstein": {**_VALUE_PENALTY, "regularisation.divergence": "wasserstein"},
+    "adaptive alpha": {**_POLICY, "regularisation.adaptive": True},
+    "no entropy": {"entropy.enabled": False},
+    "learnt entropy weight": {"entropy.learnt": True},
+    "next observation in context": {"next_observation_in_context": True},
+    "sparse reward in context": {"context_reward": "sparse"},
+    "encoder first, frozen": _ENCODER_FIRST,
+    "encoder first, decaying": {**_ENCODER_FIRST, "encoder_after": "decaying", "encoder_half_life": 2},
+    "bf16": {"precision": "bf16", **_VALUE_PENALTY},
+    "unscaled": {"observation_scale": "none"},
+    "x hidden": {"hide_x": True},
+    "D1": {"gradients": "coupled", "released.discard_bellman": True},
+    "D2": {**_POLICY, "released.penalise_output": True},
+    "D3": {**_VALUE_PENALTY, "released.penalty_at_state": True},
+    "D4": {**_VALUE_PENALTY, "released.no_actor_divergence": True},
+    "D6": {"released.limits_terminate": True},
+    "D7": {"released.raw_reset": True},
+}  # fmt: skip
+
+
+def variant(name: str) -> FocalSettings:
+    """TINY with the differences of `VARIANTS[name]`, checked."""
+    settings = override(TINY, VARIANTS[name])
+    settings.check()
+    return settings
+
+
 def evaluate_toy(agent: Agent, step: int) -> dict[str, float]:
     """A number that depends on every weight of the policy."""
     return {"test/action": float(agent.act(np.full((1, 3, 2), 0.1), np.full((1, 3), 0.2)).sum())}
+
+
+def tiny_method(algo: str, **changes: object) -> TrainSettings:
+    """Settings of any method as small as TINY, with dotted names written with double underscores."""
+    settings = find_method(algo).settings()
+    tiny = {
+        **{name: value for name, value in to_dict(TINY).items() if not isinstance(value, dict)},
+        **{f"bcq.{name}_hidden": (16, 16) for name in ("critic", "vae", "perturbation")},
+        **{f"teachers.bcq.{name}_hidden": (16, 16) for name in ("critic", "vae", "perturbation")},
+        **{f"student.{name}_hidden": (16, 16) for name in ("critic", "decoder", "perturbation")},
+        **{f"teachers.{name}.hidden": (16,) for name in ("rewards", "transitions")},
+        **{f"teachers.{name}.members": 3 for name in ("rewards", "transitions")},
+        **{f"teachers.{name}.batch_size": 8 for name in ("rewards", "transitions")},
+        "teachers.rewards.steps": 20, "teachers.transitions.steps": 24, "teachers.steps": 30,
+        "teachers.batch_size": 8, "teachers.pool": 20, "teachers.bcq.candidates": 3, "bcq.candidates": 3,
+        "relabel.reward_std": 0.3,
+    }  # fmt: skip
+    known = set(field_names(settings)) - {"algo"}
+    settings = override(settings, {name: value for name, value in tiny.items() if name in known})
+    settings = override(settings, {name.replace("__", "."): value for name, value in changes.items()})
+    settings.check()
+    return settings

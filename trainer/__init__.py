@@ -1,6 +1,22 @@
-"""Stage two: FOCAL meta-training on stores. Knows no environment, so it is offline by construction.
+"""Stage two: FOCAL and its rivals, meta-trained on stores. Knows no environment, so it is offline by construction.
 
-Follow one training step through `loop.py` (composition, logs, checkpoints), `replay.py` (batches), `focal.py` (the
-update and its losses), `distance.py` and `divergence.py` (the mathematics), `networks.py`. Nothing is re-exported here:
-stage one imports `trainer.networks` and `trainer.policies` alone, without paying for the rest.
+Follow one training step of FOCAL through five files: `training.py` (steps, logs, checkpoints), `replay.py` (batches),
+`focal.py` (the encoder's update and loss), `control.py` (the actor-critic's), `distance.py` and `divergence.py` (the
+mathematics); the networks themselves are in `networks.py` and `encoder.py`. The rivals: `batch_pearl.py` (with
+`control.py`), `contextual_bcq.py` (with `bcq.py`), `mbml.py` (with `bcq.py` and `mbml_teachers.py`). `loop.py` composes
+a run, `methods.py` lists the methods. Nothing is re-exported here: stage one imports `trainer.networks` and
+`trainer.policies` alone, without paying for the rest.
+
+Where a design choice of the paper acts, by setting (settings.py lists them all, and what each family differs in):
+
+    distance.*                                  distance.py    the metric loss, its powers and the released form
+    encoder.*                                   encoder.py     deterministic or a Gaussian posterior; its KL
+    gradients                                   focal.py       update
+    entropy.*                                   control.py     critic_targets, actor_loss
+    regularisation.*                            divergence.py  dual KL or Wasserstein; control.py says where it enters
+    context_*, task_replacement                 replay.py      what a step is drawn from
+    schedule, encoder_steps, encoder_after      settings.py    encoder_rate, trains_control; focal.py obeys
+    observation_scale, hide_x                   transform.py
+    released.*                                  D1 focal.py; D2 divergence.py; D3, D4 control.py; D6 replay.py; D7
+                                                agent.py
 """

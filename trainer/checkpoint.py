@@ -21,14 +21,14 @@ from torch import Tensor
 from ..errors import FocalError
 from ..files import sync, write_json
 from .files import read_json, sha256, write_bytes
-from .focal import Focal
+from .learner import Trainable
 from .policies import load_exactly, read_tensors
 
 FORMAT = "focal-checkpoint/1"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam remembers of a parameter
 
 
-def save_checkpoint(folder: Path, step: int, focal: Focal, generators: Mapping[str, torch.Generator]) -> Path:
+def save_checkpoint(folder: Path, step: int, learner: Trainable, generators: Mapping[str, torch.Generator]) -> Path:
     """Write the whole state of training after `step` into `folder`; returns the checkpoint's path.
 
     Removes all but it and the newest one before it.
@@ -39,12 +39,12 @@ def save_checkpoint(folder: Path, step: int, focal: Focal, generators: Mapping[s
     final = folder / f"step_{step:09d}"
     temporary = folder / f".tmp-{final.name}"
     temporary.mkdir()
-    content = safetensors.torch.save(_collect(focal, generators))
-    device = focal.agent.device.type
+    content = safetensors.torch.save(_collect(learner, generators))
     try:
         write_bytes(temporary / "state.safetensors", content)
         write_json(
-            temporary / "state.json", {"format": FORMAT, "step": step, "device": device, "sha256": sha256(content)}
+            temporary / "state.json",
+            {"format": FORMAT, "step": step, "device": _device(learner), "sha256": sha256(content)},
         )
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -63,51 +63,55 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{9,}", path.name))
 
 
-def load_checkpoint(path: Path, focal: Focal, generators: Mapping[str, torch.Generator]) -> int:
-    """Put the state saved at `path` into `focal` and `generators`; returns its step.
+def load_checkpoint(path: Path, learner: Trainable, generators: Mapping[str, torch.Generator]) -> int:
+    """Put the state saved at `path` into `learner` and `generators`; returns its step.
 
     Raises `FocalError` naming the damaged file and the command to continue with, and then changes nothing that matters:
     the caller stops.
     """
     description, tensors = _read(path)
     remedy, where = _remedy(path), str(path / "state.safetensors")
-    device = focal.agent.device
-    if description["device"] != device.type:
+    device = _device(learner)
+    if description["device"] != device:
         raise FocalError(
-            f"{path} was saved on {description['device']}, this is {device.type}, and random states do not carry over; "
-            f"give the same command on a machine with {description['device']}"
+            f"{path} was saved on {description['device']}, this is {device}, and random states do not carry over; "
+            f"continue where there is one, with --device {description['device']}"
         )
-    for name, network in focal.networks.items():
+    for name, network in learner.networks.items():
         load_exactly(network, _take(tensors, f"network/{name}/"), f"{where} {name}", remedy)
-    for name, optimiser in focal.optimisers.items():
+    for name, optimiser in learner.optimisers.items():
         _load_adam(optimiser, _take(tensors, f"optimiser/{name}/"), f"{where} {name}", remedy)
     scalars, states = _take(tensors, "scalar/"), _take(tensors, "generator/")
-    if tensors or set(scalars) != set(focal.scalars) or set(states) != set(generators):
+    if tensors or set(scalars) != set(learner.scalars) or set(states) != set(generators):
         raise FocalError(f"{where} does not hold the state of these settings; {remedy}")
-    for name, scalar in focal.scalars.items():
+    for name, scalar in learner.scalars.items():
         scalar.data.copy_(scalars[name])
     for name, generator in generators.items():
         generator.set_state(states[name])
     return int(description["step"])
 
 
-def load_networks(path: Path, focal_networks: Mapping[str, torch.nn.Module]) -> int:
+def load_networks(path: Path, networks: Mapping[str, torch.nn.Module]) -> int:
     """Load only the named networks of a checkpoint, for acting; returns its step. Raises `FocalError` when damaged."""
     description, tensors = _read(path)
-    for name, network in focal_networks.items():
+    for name, network in networks.items():
         where = f"{path / 'state.safetensors'} {name}"
         load_exactly(network, _take(tensors, f"network/{name}/"), where, _remedy(path))
     return int(description["step"])
 
 
-def _collect(focal: Focal, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
+def _device(learner: Trainable) -> str:
+    return next(next(iter(learner.networks.values())).parameters()).device.type
+
+
+def _collect(learner: Trainable, generators: Mapping[str, torch.Generator]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, network in focal.networks.items():
+    for name, network in learner.networks.items():
         tensors |= {f"network/{name}/{key}": value for key, value in network.state_dict().items()}
-    for name, optimiser in focal.optimisers.items():
+    for name, optimiser in learner.optimisers.items():
         for index, moments in optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser/{name}/{index}/{key}": moments[key] for key in _MOMENTS}
-    tensors |= {f"scalar/{name}": scalar for name, scalar in focal.scalars.items()}
+    tensors |= {f"scalar/{name}": scalar for name, scalar in learner.scalars.items()}
     tensors |= {f"generator/{name}": generator.get_state() for name, generator in generators.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 

@@ -1,7 +1,19 @@
-"""How well the task embeddings are spread (the paper's Table 1; formulas in reference-facts 4.3)."""
+"""What training says of itself: spread of the embeddings (the paper's Table 1; formulas in reference-facts 4.3), growth
+and bound of the values."""
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from .settings import TrainSettings
+
+_DRIFTING = ("critic/value", "critic/next_value")
+
+
+def separation_matrix(embeddings: Tensor) -> Tensor:
+    """Return the mean square difference per dimension of every two of `embeddings` (K, L), (K, K), from 0 to 4."""
+    return (embeddings.unsqueeze(1) - embeddings).square().mean(dim=-1)
 
 
 def effective_separation_rate(embeddings: Tensor) -> float:
@@ -11,7 +23,7 @@ def effective_separation_rate(embeddings: Tensor) -> float:
     compares the mean square per dimension with 2/3, which is the same.
     """
     first, second = torch.triu_indices(len(embeddings), len(embeddings), offset=1, device=embeddings.device)
-    squared = (embeddings[first] - embeddings[second]).square().mean(dim=-1)
+    squared = separation_matrix(embeddings)[first, second]
     return (squared > 2.0 / 3.0).double().mean().item()
 
 
@@ -45,4 +57,25 @@ def embedding_metrics(embeddings: Tensor) -> dict[str, float]:
         "embedding/esr": effective_separation_rate(embeddings),
         "embedding/rms": root_mean_square_spread(embeddings),
         "embedding/dimensions": effective_dimensions(embeddings),
+    }
+
+
+def value_bound(settings: TrainSettings, largest_reward: float) -> float:
+    """Return the action value beyond which a run has diverged: `value_limit`, or 100 times what is possible.
+
+    Possible is what the settings' `largest_step` says that the `largest_reward` (absolute, unscaled) can add at a step,
+    at every step: / (1 - discount).
+    """
+    if settings.value_limit is not None:
+        return settings.value_limit
+    return 100.0 * settings.largest_step(largest_reward) / max(1.0 - settings.discount, 1e-3)
+
+
+def value_drift(metrics: Mapping[str, float], step: int, before: Mapping[str, object]) -> dict[str, float]:
+    """Return by how much the mean values grew from the log row `before` until `step`, per 1,000 steps."""
+    since = before.get("step")
+    return {
+        f"{name}_drift": 1000.0 * (metrics[name] - earlier) / (step - since)
+        for name in _DRIFTING
+        if name in metrics and isinstance(since, int) and isinstance(earlier := before.get(name), float)
     }

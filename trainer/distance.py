@@ -5,8 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Metrics = dict[str, Tensor]
+from .optimisers import Metrics
 
+PAPER_BETAS = {-2: 1.0, -1: 2.0, 1: 8.0, 2: 16.0}  # by power (Table 5b): about equal terms at a distance of 0.5
 _SMALLEST_SQUARE = 1e-12  # keeps the gradient of the root finite (and 0) for identical embeddings
 
 
@@ -14,7 +15,7 @@ def distance_metric_loss(
     embeddings: Tensor,
     labels: Tensor,
     power: int = -2,
-    beta: float = 1.0,
+    beta: float | None = None,
     epsilon: float = 0.1,
     form: Literal["paper", "released"] = "paper",
 ) -> tuple[Tensor, Metrics]:
@@ -25,8 +26,9 @@ def distance_metric_loss(
 
         same task: d2      different tasks: beta / (d^n + epsilon) for power = -n,   -beta d^n for power = n
 
-    averaged over the pairs of each kind apart, then added. "released" is the published code's form (reference-facts
-    3.4): sqrt(d2 + 1e-3) and 1 / (d2 + 0.1) whatever beta and epsilon say, each divided by its number of pairs + 1e-3.
+    averaged over the pairs of each kind apart, then added. Without a `beta` it is the paper's for the power. "released"
+    is the published code's form (reference-facts 3.4): sqrt(d2 + 1e-3) and 1 / (d2 + 0.1) whatever beta and epsilon
+    say, each divided by its number of pairs + 1e-3.
     Departures: the paper writes the L2 norm, its code and its choice of beta mean it per dimension, as here; with
     "paper" there is no slack in the averages, so without pairs of a kind that term is exactly 0.
     """
@@ -50,8 +52,9 @@ def distance_metric_loss(
     }
 
 
-def _repulsion(squared: Tensor, power: int, beta: float, epsilon: float) -> Tensor:
+def _repulsion(squared: Tensor, power: int, beta: float | None, epsilon: float) -> Tensor:
     """The negative pairs' term for a mean square distance, (pairs,) -> (pairs,)."""
-    assert power in (-2, -1, 1, 2), "checked by DistanceSettings"
+    assert power in PAPER_BETAS, "checked by DistanceSettings"
+    beta = PAPER_BETAS[power] if beta is None else beta
     distance = squared if abs(power) == 2 else torch.sqrt(squared.clamp_min(_SMALLEST_SQUARE))
     return -beta * distance if power > 0 else beta / (distance + epsilon)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .distance import Metrics
 from .networks import StateActionNet
+from .optimisers import Metrics
 
 Divergence = Literal["kl", "wasserstein"]
 
@@ -43,17 +43,20 @@ def gradient_penalty(
     policy_actions: Tensor,
     logged_actions: Tensor,
     generator: torch.Generator | None = None,
+    of_output: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Penalise slopes above 1 in the action. Returns the penalty () and the mean slope () without gradient.
 
     At a = a_policy + u (a_logged - a_policy), u ~ U(0, 1) per sample: mean of max(slope - 1, 0)^2 with slope =
-    sqrt(1e-8 + |dc/da|^2). BRAC's penalty; the released FOCAL code puts the discriminator's OUTPUT in place of its
-    gradient (reference-facts D2), which caps the divergence near 1 and bounds no slope.
+    sqrt(1e-8 + |dc/da|^2). BRAC's penalty. `of_output` puts c itself in place of dc/da, as the released FOCAL code does
+    (reference-facts D2): that caps the divergence near 1 and bounds no slope.
     """
     u = torch.rand((*states.shape[:-1], 1), generator=generator, device=states.device, dtype=states.dtype)
-    mixed = torch.lerp(policy_actions.detach(), logged_actions, u).requires_grad_()
-    score = discriminator(states, mixed).sum()  # samples do not interact, so the gradient of the sum is each one's own
-    (gradient,) = torch.autograd.grad(score, mixed, create_graph=True)
+    mixed = torch.lerp(policy_actions.detach(), logged_actions, u)
+    if of_output:
+        gradient = discriminator(states, mixed).unsqueeze(-1)
+    else:
+        gradient = discriminator.action_gradient(states, mixed)
     slope = torch.sqrt(1e-8 + gradient.square().sum(dim=-1))
     return (slope - 1.0).clamp_min(0.0).square().mean(), slope.detach().mean()
 
@@ -66,6 +69,7 @@ def discriminator_loss(
     kind: Divergence,
     penalty_weight: float,
     generator: torch.Generator | None = None,
+    penalise_output: bool = False,
 ) -> tuple[Tensor, Metrics]:
     """Loss of the discriminator: minus the mean dual estimate, plus the weighted gradient penalty.
 
@@ -74,7 +78,9 @@ def discriminator_loss(
     both = torch.stack([policy_actions.detach(), logged_actions])
     policy_scores, logged_scores = discriminator(states.expand(2, *states.shape), both)
     estimate = dual_divergence(kind, policy_scores, logged_scores).mean()
-    penalty, slope = gradient_penalty(discriminator, states, policy_actions, logged_actions, generator)
+    penalty, slope = gradient_penalty(
+        discriminator, states, policy_actions, logged_actions, generator, of_output=penalise_output
+    )
     loss = penalty_weight * penalty - estimate
     return loss, {
         "discriminator/loss": loss.detach(),

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import FocalError
 from ..files import atomic_path
 
-_JSON_LIMIT = 16 * 2**20  # bytes; our own files are far below, so anything larger is not ours
+JSON_LIMIT = 16 * 2**20  # bytes; our own files are far below, so anything larger is not ours
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -19,17 +19,30 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Read a JSON object. Raises `FocalError` ending with `remedy` when it is missing, too large or damaged."""
+    return parse_json(read_bytes(path, JSON_LIMIT, remedy), path, remedy)
+
+
+def parse_json(content: bytes, where: object, remedy: str) -> dict[str, Any]:
+    """Parse a JSON object. Raises `FocalError` naming `where`, ending with `remedy`, when it is damaged."""
     try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise FocalError(f"{path} is larger than {_JSON_LIMIT} bytes, so it is not one of ours; {remedy}")
-        values = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        values = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FocalError(f"{where} is damaged ({one_line(error)}); {remedy}") from None
+    if not isinstance(values, dict):
+        raise FocalError(f"{where} holds a {type(values).__name__}, expected a JSON object; {remedy}")
+    return values
+
+
+def read_bytes(path: Path, limit: int, remedy: str) -> bytes:
+    """Read a file of at most `limit` bytes. Raises `FocalError` ending with `remedy` when that is not possible."""
+    try:
+        if path.stat().st_size > limit:
+            raise FocalError(f"{path} is larger than {limit} bytes, so it is not one of ours; {remedy}")
+        return path.read_bytes()
     except FileNotFoundError:
         raise FocalError(f"{path} is missing; {remedy}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FocalError(f"{path} is damaged ({one_line(error)}); {remedy}") from None
-    if not isinstance(values, dict):
-        raise FocalError(f"{path} holds a {type(values).__name__}, expected a JSON object; {remedy}")
-    return values
+    except OSError as error:
+        raise FocalError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
 
 
 def sha256(content: bytes) -> str:

@@ -1,13 +1,16 @@
-"""What a seed writes while it trains: metrics.jsonl, evaluation.jsonl and TensorBoard, cut back exactly on resume."""
+"""What a seed writes while it trains: three logs and TensorBoard, cut back exactly on resume (runs.py draws them)."""
 
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from ..files import write_text
+from .diagnostics import separation_matrix
 
 WALL_CLOCK = "time/"  # prefix of the fields that differ between runs of the same seed
 SECONDS = WALL_CLOCK + "seconds"  # since the seed began, time between a kill and the resume left out
@@ -23,11 +26,13 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._started = time.monotonic()
         self._files = {}
-        for name in ("metrics", "evaluation"):
+        self.last: Mapping[str, object] = {}  # the newest row of metrics.jsonl
+        for name in ("metrics", "evaluation", "embeddings"):
             path = folder / f"{name}.jsonl"
             rows = _cut(path, step)
             if rows and name == "metrics":  # the clock goes on from the last row kept
-                self._started -= _number(rows[-1].get(SECONDS))
+                self.last = rows[-1]
+                self._started -= _number(self.last.get(SECONDS))
             self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -38,11 +43,21 @@ class Journal:
             row["phase"] = phase
         row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
         row[SECONDS] = round(time.monotonic() - self._started, 3)
-        self._files[name].write(json.dumps(row, allow_nan=False) + "\n")
-        self._files[name].flush()
+        self._append(name, row)
+        self.last = row if name == "metrics" else self.last
         for key, value in values.items():
             tag = key if name == "metrics" else f"evaluation/{key}"
             self._board.add_scalar(tag, value, step)
+
+    def write_embeddings(self, step: int, tasks: Sequence[int], embeddings: Tensor) -> None:
+        """Append one embedding (K, L) per task to embeddings.jsonl, and their separation matrix to TensorBoard."""
+        rounded = [[round(value, 6) for value in row] for row in embeddings.tolist()]
+        self._append("embeddings", {"step": step, "tasks": list(tasks), "embeddings": rounded})
+        self._board.add_image("embedding/separation", separation_matrix(embeddings) / 4, step, dataformats="HW")
+
+    def _append(self, name: str, row: Mapping[str, object]) -> None:
+        self._files[name].write(json.dumps(row, allow_nan=False) + "\n")
+        self._files[name].flush()
 
     def sync(self) -> None:
         """Bring all rows to the disk; to be called before the checkpoint that will vouch for them."""

@@ -1,22 +1,22 @@
 """Meta-training, composed: data in, run folder out, exact resume. Evaluation is handed in as a callable."""
 
 import dataclasses
-import fcntl
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import FocalError, UsageError
+from ..errors import UsageError
 from .agent import Agent
-from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from .diagnostics import embedding_metrics
-from .focal import Focal
+from .checkpoint import list_checkpoints
+from .diagnostics import embedding_metrics, value_bound
 from .journal import Journal
-from .replay import TaskReplay, TrainingData, sample_meta_batch
+from .learner import Learner
+from .mbml import Mbml, MbmlSettings
+from .mbml_first_stage import first_stage
+from .methods import METHODS
+from .replay import TaskReplay, TrainingData
 from .runs import (
     Run,
     RunSource,
@@ -29,11 +29,11 @@ from .runs import (
     write_run,
 )
 from .settings import TrainSettings
+from .training import Progress, Training, only_process
 
 __all__ = ["Evaluate", "Progress", "RunSource", "load_agent", "train"]
 
 Evaluate = Callable[[Agent, int], Mapping[str, float]]  # (agent, step) -> results by name
-Progress = Callable[[int, int, Mapping[str, float]], None]  # (step, of steps, metrics; empty between log rows)
 
 
 def train(
@@ -51,108 +51,69 @@ def train(
 
     `evaluate` must leave the agent and torch's generators alone (draw from its own). With `resume` a run that was
     killed continues from its last checkpoint and, on the CPU with the same number of threads, ends bit-identical to one
-    that never was, logs included but for fields under "time/"; a finished run returns at once. Raises `UsageError` when
-    the seed was already started and `resume` is off, `FocalError` when the folder is of another run, a checkpoint is
-    damaged, or a metric stops being finite (the last good checkpoint stays).
+    that never was, logs included but for fields under "time/"; a finished run returns at once. MBML's first stage is
+    taken from beside the run folder, or trained there. Raises `UsageError` when the seed was already started and
+    `resume` is off, `FocalError` when the folder is of another run, a checkpoint is damaged, or a metric stops being
+    finite (the last good checkpoint stays).
     """
     source = source or RunSource()
     source = dataclasses.replace(source, seeds=source.seeds or (seed,))
     run = write_run(run_dir, describe_run(data, settings, source))
     folder = seed_folder(run_dir, seed)
     folder.mkdir(exist_ok=True)
-    with _only_process(folder):
+    with only_process(folder):
         checkpoints = list_checkpoints(folder / "checkpoints")
         if checkpoints and not resume:
             raise UsageError(f"{folder} is already trained to step {int(checkpoints[-1].name[5:])} of "
                              f"{settings.total_steps}; to continue it, add --resume")  # fmt: skip
-        trainer = _SeedTrainer(folder, run, data, seed, torch.device(device))
-        step = load_checkpoint(checkpoints[-1], trainer.focal, trainer.generators) if checkpoints else 0
-        trainer.run_from(step, evaluate, progress)
-    return trainer.focal.agent
+        replay = TaskReplay(data.tasks, run.transform, run.settings, device)
+        learner = new_learner(run_dir, run, data, replay, seed)
+        training = _SeedTraining(folder, seed, run, learner, replay, evaluate)
+        training.run_from(training.resume(), progress)
+    return learner.agent
 
 
-class _SeedTrainer:
-    """One seed under way: the method, its data, its random states, its folder."""
+def new_learner(run_dir: Path, run: Run, data: TrainingData, replay: TaskReplay, seed: int) -> Learner:
+    """Make the untrained method of one seed; MBML's first stage is found or trained before that."""
+    settings, sizes, generator = run.settings, (run.transform, run.act_dim), initial_generator(seed)
+    if isinstance(settings, MbmlSettings):
+        teachers, predictions = first_stage(run_dir.parent, run, data, replay)
+        return Mbml(settings, *sizes, generator, teachers, predictions, replay.device)
+    return METHODS[settings.algo].learner(settings, *sizes, generator, replay.device)
 
-    def __init__(self, folder: Path, run: Run, data: TrainingData, seed: int, device: torch.device) -> None:
-        self.folder, self.settings, self.seed = folder, run.settings, seed
-        self.generators = {"training": training_generator(seed, device)}
-        self.focal = Focal(run.settings, run.transform, run.act_dim, initial_generator(seed), device)
-        self.replay = TaskReplay(data.tasks, run.transform, run.settings, device)
 
-    def run_from(self, step: int, evaluate: Evaluate | None, progress: Progress | None) -> None:
-        """Take the remaining steps; log, evaluate and checkpoint on the way."""
-        settings, generator = self.settings, self.generators["training"]
-        total = settings.total_steps
-        if step >= total:
+class _SeedTraining(Training):
+    """One seed under way; with the spread of its embeddings and, now and then, a meta-test."""
+
+    def __init__(
+        self, folder: Path, seed: int, run: Run, learner: Learner, replay: TaskReplay, evaluate: Evaluate | None
+    ) -> None:
+        settings = run.settings
+        bound = value_bound(settings, replay.rewards.abs().max().item())
+        generator = training_generator(seed, replay.device)
+        every = settings.log_every, settings.checkpoint_every
+        super().__init__(folder, f"seed {seed}", learner, replay, generator, settings.total_steps, *every, bound)
+        self.seed, self.settings, self.task_indices = seed, settings, run.task_indices
+        self.agent, self.evaluate = learner.agent, evaluate
+
+    def phase(self, step: int) -> str:
+        """Name what trains: "encoder", "control" or both, "joint"."""
+        return self.settings.phase(step)
+
+    def describe(self, step: int) -> Mapping[str, float]:
+        """Return the spread of the embeddings."""
+        return embedding_metrics(self._embed_tasks(step))
+
+    def after_step(self, step: int, phase: str, journal: Journal) -> None:
+        """Log the embeddings and the meta-test, every `eval_every` steps and at the end."""
+        if step % self.settings.eval_every and step != self.total_steps:
             return
-        journal = Journal(self.folder, step)
-        try:
-            while step < total:
-                encoder_only = step < settings.encoder_only_steps
-                joint = settings.schedule == "joint"
-                batch = sample_meta_batch(self.replay, settings, generator, encoder_only or joint, not encoder_only)
-                metrics = self.focal.update(batch, generator)
-                step += 1
-                last = step == total
-                logs, saves = (last or step % every == 0 for every in (settings.log_every, settings.checkpoint_every))
-                shown: dict[str, float] = {}
-                if logs or saves or self.replay.device.type == "cpu":  # elsewhere each look waits for the device
-                    numbers = _floats(metrics) | (self._embedding_metrics(step) if logs else {})
-                    self._refuse_nan(numbers, step)
-                    shown = numbers if logs else shown
-                if logs:
-                    phase = "encoder" if encoder_only else "joint" if joint else "control"
-                    journal.write("metrics", step, shown, phase)
-                if evaluate and not encoder_only and (last or step % settings.eval_every == 0):
-                    results = evaluate(self.focal.agent, step)
-                    journal.write("evaluation", step, results)
-                if saves:
-                    self._save(journal, step)
-                if progress:
-                    progress(step, total, shown)
-        finally:
-            journal.close()
+        journal.write_embeddings(step, self.task_indices, self._embed_tasks(step))
+        if self.evaluate and phase != "encoder":
+            journal.write("evaluation", step, self.evaluate(self.agent, step))
 
-    def _save(self, journal: Journal, step: int) -> None:
-        sums = {
-            f"{name} weights": torch.stack([tensor.detach().sum() for tensor in network.parameters()]).sum()
-            for name, network in self.focal.networks.items()
-        }
-        self._refuse_nan(_floats(sums | self.focal.scalars), step)
-        journal.sync()
-        save_checkpoint(self.folder / "checkpoints", step, self.focal, self.generators)
-
-    def _embedding_metrics(self, step: int) -> dict[str, float]:
-        """Spread of the embeddings of all training tasks, one fresh context each."""
+    def _embed_tasks(self, step: int) -> Tensor:
+        """Return embeddings (K, L) of all training tasks, one fresh context each."""
         generator = diagnostics_generator(self.seed, step, self.replay.device)
         tasks = torch.arange(len(self.replay), device=self.replay.device)
-        context = self.replay.sample_context(tasks, self.settings.context_size, generator)
-        return embedding_metrics(self.focal.embed(context))
-
-    def _refuse_nan(self, numbers: Mapping[str, float], step: int) -> None:
-        for name, value in numbers.items():
-            if not math.isfinite(value):
-                kept = list_checkpoints(self.folder / "checkpoints")
-                where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
-                raise FocalError(
-                    f"seed {self.seed}: {name} became {value} at step {step}; {where}; train under "
-                    "another --name with smaller steps, for example --set critic_learning_rate=1e-4 --set tau=0.002"
-                )
-
-
-def _floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Bring scalars () over from the device in one piece."""
-    values = torch.stack([value.detach() for value in metrics.values()]).tolist()
-    return dict(zip(metrics, values, strict=True))
-
-
-@contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
-    """Hold the seed's lock, which dies with the process, however it dies."""
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FocalError(f"another process trains in {folder}; wait for it, or choose another --seed") from None
-        yield
+        return self.agent.embed(self.replay.sample_context(tasks, self.settings.context_size, generator))

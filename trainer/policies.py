@@ -7,7 +7,7 @@ The JSON file is written last and holds the digest of the weights: a pair cut in
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from ..errors import FocalError
 from ..files import write_json
-from .files import one_line, read_json, sha256, write_bytes
+from .files import JSON_LIMIT, one_line, parse_json, read_bytes, sha256, write_bytes
 from .networks import TanhGaussianPolicy
 
 FORMAT = "focal-policy/1"
 _WIDTH_LIMIT = 65_536  # refuses a hostile architecture before memory is asked for
 _DEPTH_LIMIT = 32
+_WEIGHTS_LIMIT = 512 * 2**20
 _REMEDY = "copy the policy again from its source, or regenerate the collection"
 
 
@@ -37,24 +38,29 @@ def save_policy(path_without_suffix: Path, policy: TanhGaussianPolicy, meta: Map
 
 
 def load_policy_file(path: Path) -> tuple[TanhGaussianPolicy, dict[str, Any]]:
-    """Read a policy from its path, with or without suffix. Returns it, on the CPU, with its `meta`.
+    """Read a policy from its path, with or without suffix; see `load_policy`. A missing file is a `FocalError`."""
+    weights, _ = policy_files(path)
+    stem = str(weights).removesuffix(".safetensors")
+    return load_policy(lambda suffix, limit: read_bytes(Path(stem + suffix), limit, _REMEDY), stem)
 
-    Raises `FocalError` when a file is missing, cut or altered, of another format version, has unknown fields, or
-    weights that the architecture does not ask for.
+
+def load_policy(read: Callable[[str, int], bytes], where: str) -> tuple[TanhGaussianPolicy, dict[str, Any]]:
+    """Decode a policy whose two files `read(suffix, limit)` gives. Returns it, on the CPU, with its `meta`.
+
+    `where` is what messages call it, without suffix. Raises `FocalError` when a file is cut or altered, of another
+    format version, has unknown fields, or weights that the architecture does not ask for.
     """
-    weights, description = policy_files(path)
-    entry = read_json(description, _REMEDY)
+    description, weights = f"{where}.json", f"{where}.safetensors"
+    entry = parse_json(read(".json", JSON_LIMIT), description, _REMEDY)
     if entry.get("format") != FORMAT:
         raise FocalError(f"{description} has format {entry.get('format')!r}, expected {FORMAT!r}; {_REMEDY}")
     _expect_keys(entry, {"format", "architecture", "sha256", "meta"}, description)
     policy = TanhGaussianPolicy(**_check_architecture(entry["architecture"], description))
-    try:
-        content = weights.read_bytes()
-    except OSError as error:
-        raise FocalError(f"{weights} cannot be read ({error.strerror}); {_REMEDY}") from None
+    content = read(".safetensors", _WEIGHTS_LIMIT)
     if sha256(content) != entry["sha256"]:
-        raise FocalError(f"{weights} differs from the sha256 in {description.name}: cut or altered; {_REMEDY}")
-    load_exactly(policy, read_tensors(content, weights, _REMEDY), str(weights), _REMEDY)
+        name = description.rpartition("/")[2]
+        raise FocalError(f"{weights} differs from the sha256 in {name}: cut or altered; {_REMEDY}")
+    load_exactly(policy, read_tensors(content, weights, _REMEDY), weights, _REMEDY)
     return policy, entry["meta"]
 
 
@@ -64,7 +70,7 @@ def policy_files(path: Path) -> tuple[Path, Path]:
     return path.with_name(stem + ".safetensors"), path.with_name(stem + ".json")
 
 
-def read_tensors(content: bytes, path: Path, remedy: str) -> dict[str, Tensor]:
+def read_tensors(content: bytes, path: object, remedy: str) -> dict[str, Tensor]:
     """Decode the bytes of a safetensors file. Raises `FocalError` naming `path` when they are no such file."""
     try:
         return safetensors.torch.load(content)
@@ -88,13 +94,13 @@ def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], where: str, 
     network.load_state_dict(tensors)
 
 
-def _expect_keys(values: Mapping[str, Any], expected: set[str], path: Path) -> None:
+def _expect_keys(values: Mapping[str, Any], expected: set[str], path: str) -> None:
     if odd := sorted(set(values) ^ expected):
         verb = "lacks" if odd[0] in expected else "has an unknown field"
         raise FocalError(f"{path} {verb} '{odd[0]}'; {_REMEDY}")
 
 
-def _check_architecture(values: Any, path: Path) -> dict[str, Any]:
+def _check_architecture(values: Any, path: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FocalError(f"{path}: 'architecture' is not a JSON object; {_REMEDY}")
     _expect_keys(values, {"inputs", "hidden", "action_dim", "log_std_min", "log_std_max"}, path)

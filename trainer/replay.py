@@ -19,7 +19,7 @@ from torch import Tensor
 from ..datasets import Transitions
 from ..errors import FocalError
 from .encoder import build_context
-from .settings import TrainSettings
+from .settings import FocalSettings, TrainSettings
 from .transform import ObservationTransform, fit_transform
 
 
@@ -63,22 +63,19 @@ class Batch:
 class MetaBatch:
     """What one gradient step consumes."""
 
-    tasks: Tensor  # (K,) positions of the tasks, all different
-    contexts: Tensor  # (draws, K, N, context_dim); two draws where the encoder trains, else one
+    tasks: Tensor  # (K,) positions of the tasks, all different unless drawn with replacement
+    contexts: Tensor  # (draws, K, N, context_dim); control sees the first draw
     transitions: Batch | None  # None in encoder-only steps
     discriminator: tuple[Batch, ...] = ()  # fresh batches of the same tasks for further discriminator steps
-
-    @property
-    def trains_encoder(self) -> bool:
-        """Whether the encoder is to learn from it: it needs two contexts per task."""
-        return len(self.contexts) == 2
+    trains_encoder: bool = True  # whether the encoder is to learn from it
 
 
 class TaskReplay:
     """Uniform samples, with replacement, from the transitions of several tasks.
 
     `tasks` in any number, `transform` the run's (never refitted on test data), `settings` for what a context row
-    holds. Meta-testing builds one over its test tasks and draws contexts from it exactly as training does.
+    holds. Meta-testing builds one over its test tasks and draws contexts from it exactly as training does. Raises
+    `FocalError` for a task without transitions, or observations of another width than the transform's.
     """
 
     def __init__(
@@ -92,6 +89,7 @@ class TaskReplay:
         if not len(counts) or counts.min() == 0:
             empty = int(counts.argmin()) if len(counts) else 0
             raise FocalError(f"task number {empty} holds no transition; focal-cli data show PATH lists what there is")
+        self._smallest = int(counts.min())
         row_offsets = np.cumsum([0, *(len(task.observations) for task in tasks)])[:-1]
         rows = np.concatenate([task.rows + offset for task, offset in zip(tasks, row_offsets, strict=True)])
         self.next_observation_in_context = settings.next_observation_in_context
@@ -103,8 +101,12 @@ class TaskReplay:
         self.observations = transform(raw).to(self.device)  # (T + E, dim)
         self.actions = self._move(np.concatenate([task.actions for task in tasks]))  # (T, act_dim)
         self.rewards = self._move(np.concatenate([task.rewards for task in tasks]))  # (T,)
-        self.terminated = self._move(np.concatenate([task.terminated for task in tasks]))  # (T,) bool
-        self.next_action_valid = self._move(np.concatenate([task.next_action_valid for task in tasks]))  # (T,) bool
+        terminated = np.concatenate([task.terminated for task in tasks])
+        next_action_valid = np.concatenate([task.next_action_valid for task in tasks])
+        if settings.limits_terminate:  # D6
+            terminated = terminated | ~next_action_valid
+        self.terminated = self._move(terminated)  # (T,) bool
+        self.next_action_valid = self._move(next_action_valid)  # (T,) bool
         self.context_rewards = self.rewards
         if settings.context_reward == "sparse":
             self.context_rewards = self._move(np.concatenate(_sparse_rewards(tasks)))
@@ -113,8 +115,10 @@ class TaskReplay:
         """Number of tasks."""
         return len(self.counts)
 
-    def sample_tasks(self, size: int, generator: torch.Generator) -> Tensor:
-        """Draw min(`size`, all) different tasks, (K,)."""
+    def sample_tasks(self, size: int, generator: torch.Generator, replacement: bool = False) -> Tensor:
+        """Draw min(`size`, all) different tasks, (K,), or `size` with replacement."""
+        if replacement:
+            return torch.randint(len(self), (size,), generator=generator, device=self.device)
         return torch.randperm(len(self), generator=generator, device=self.device)[:size]
 
     def sample_batch(self, tasks: Tensor, size: int, generator: torch.Generator) -> Batch:
@@ -122,7 +126,11 @@ class TaskReplay:
         return self.batch_at(self._sample_steps(tasks, size, generator))
 
     def sample_context(self, tasks: Tensor, size: int, generator: torch.Generator) -> Tensor:
-        """Draw a context of `size` transitions for each of `tasks` (K,): (K, size, context_dim)."""
+        """Draw a context of `size` transitions for each of `tasks` (K,): (K, size, context_dim).
+
+        Raises `FocalError` when a task of the store holds fewer: the rest would be repetitions.
+        """
+        refuse_larger_context(size, self._smallest)
         return self.context_at(self._sample_steps(tasks, size, generator))
 
     def batch_at(self, steps: Tensor) -> Batch:
@@ -144,41 +152,66 @@ class TaskReplay:
         following = self.observations[rows + 1] if self.next_observation_in_context else None
         return build_context(self.observations[rows], self.actions[steps], self.context_rewards[steps], following)
 
+    def steps_at(self, tasks: Tensor, uniform: Tensor) -> Tensor:
+        """Turn numbers from [0, 1), (..., K, B), into transitions of `tasks` (K,), counted over all tasks."""
+        counts = self.counts[tasks].unsqueeze(-1)
+        return self.first[tasks].unsqueeze(-1) + torch.minimum((uniform * counts).long(), counts - 1)
+
     def _sample_steps(self, tasks: Tensor, size: int, generator: torch.Generator) -> Tensor:
         # float64: float32 has too few values to reach every one of a few million transitions
         uniform = torch.rand((len(tasks), size), generator=generator, device=self.device, dtype=torch.float64)
-        counts = self.counts[tasks].unsqueeze(-1)
-        return self.first[tasks].unsqueeze(-1) + torch.minimum((uniform * counts).long(), counts - 1)
+        return self.steps_at(tasks, uniform)
 
     def _move(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
 
 def sample_meta_batch(
-    replay: TaskReplay, settings: TrainSettings, generator: torch.Generator, encoder: bool, control: bool
+    replay: TaskReplay, settings: FocalSettings, generator: torch.Generator, encoder: bool, control: bool
 ) -> MetaBatch:
-    """Draw what one step needs that trains the `encoder`, the `control` networks, or both.
+    """Draw what one step of FOCAL needs that trains the `encoder`, the `control` networks, or both.
 
-    Two contexts per task where the encoder trains, so that every task has a positive pair (with one, as in the released
-    code, only a task drawn twice has).
+    Two contexts per task where the encoder trains, so that every task has a positive pair; with `context_draws=1`, as
+    in the released code, only a task drawn twice has one.
     """
-    tasks = replay.sample_tasks(settings.meta_batch, generator)
-    draws = 2 if encoder else 1
+    tasks = replay.sample_tasks(settings.meta_batch, generator, settings.task_replacement)
+    draws = settings.context_draws if encoder else 1
     contexts = replay.sample_context(tasks.repeat(draws), settings.context_size, generator)
     contexts = contexts.unflatten(0, (draws, len(tasks)))
     if not control:
-        return MetaBatch(tasks, contexts, None)
+        return MetaBatch(tasks, contexts, None, trains_encoder=encoder)
     transitions = replay.sample_batch(tasks, settings.batch_size, generator)
     regularised = settings.regularisation.kind != "none"
     further = settings.regularisation.discriminator_steps - 1 if regularised else 0
     fresh = tuple(replay.sample_batch(tasks, settings.batch_size, generator) for _ in range(further))
-    return MetaBatch(tasks, contexts, transitions, fresh)
+    return MetaBatch(tasks, contexts, transitions, fresh, encoder)
+
+
+def sample_joint_batch(
+    replay: TaskReplay, settings: TrainSettings, generator: torch.Generator, discriminator_batches: int = 0
+) -> MetaBatch:
+    """Draw what one step needs that trains everything at once: of each task one context and one batch."""
+    tasks = replay.sample_tasks(settings.meta_batch, generator)
+    contexts = replay.sample_context(tasks, settings.context_size, generator).unsqueeze(0)
+    batch, *fresh = (
+        replay.sample_batch(tasks, settings.batch_size, generator) for _ in range(1 + discriminator_batches)
+    )
+    return MetaBatch(tasks, contexts, batch, tuple(fresh))
 
 
 def training_transform(data: TrainingData, settings: TrainSettings) -> ObservationTransform:
     """Fit the run's observation transform on its training tasks."""
     observations = [task.observations for task in data.tasks]
     return fit_transform(observations, settings.observation_scale, settings.hide_x, data.absolute_x)
+
+
+def refuse_larger_context(size: int, held: int) -> None:
+    """Raise `FocalError` for contexts of `size` transitions where the smallest task has only `held`."""
+    if size > held:
+        raise FocalError(
+            f"contexts of {size} transitions were asked for, but the smallest task holds only {held}; take at most "
+            f"that (focal-cli train --set context_size={held}, focal-cli test --context-size {held}), or other data"
+        )
 
 
 def _sparse_rewards(tasks: Sequence[Transitions]) -> list[np.ndarray]:

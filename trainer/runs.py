@@ -4,7 +4,8 @@ RUN/settings.json      resolved settings, family, collection, quality, seeds, ob
 RUN/seed_0/            one trained network
   checkpoints/step_000002000/...
   metrics.jsonl        one row every log_every steps; fields under "time/" are wall-clock, all others reproduce
-  evaluation.jsonl     one row every eval_every steps
+  evaluation.jsonl     one row every eval_every steps once the control networks train: meta-test, spread on test tasks
+  embeddings.jsonl     one row every eval_every steps: an embedding of every training task
   tensorboard/
 """
 
@@ -19,11 +20,12 @@ import torch
 
 from ..errors import FocalError, UsageError
 from ..files import write_json
-from ..settings import from_dict, to_dict
-from .agent import Agent, new_agent
+from ..settings import to_dict
+from .agent import Agent
 from .checkpoint import list_checkpoints, load_networks
 from .files import read_json
-from .replay import TrainingData, training_transform
+from .methods import find_method, saved_settings
+from .replay import TrainingData, refuse_larger_context, training_transform
 from .settings import TrainSettings, differences
 from .transform import ObservationTransform
 
@@ -78,12 +80,23 @@ class Run:
 
 
 def describe_run(data: TrainingData, settings: TrainSettings, source: RunSource) -> Run:
-    """Return the description of a run on `data`; fits the observation transform."""
+    """Return the description of a run on `data`; fits the observation transform.
+
+    Raises `UsageError` for settings, and `FocalError` for data, that cannot be trained on, before anything is written.
+    """
     settings.check()
+    refuse_larger_context(settings.context_size, min(len(task.rows) for task in data.tasks))
     transform = training_transform(data, settings)
     return Run(
         settings, transform, data.family, data.task_indices, data.obs_dim, data.act_dim, data.content_hash, source
     )
+
+
+def refuse_other_run(run_dir: Path, run: Run) -> None:
+    """Raise `FocalError` naming the first difference in settings, data or quality if `run_dir` is of another run."""
+    path = run_dir / "settings.json"
+    if path.exists():
+        _refuse_differences(path, _identity(read_run(run_dir)), _identity(run))
 
 
 def write_run(run_dir: Path, run: Run) -> Run:
@@ -93,8 +106,8 @@ def write_run(run_dir: Path, run: Run) -> Run:
     """
     path = run_dir / "settings.json"
     if path.exists():
+        refuse_other_run(run_dir, run)
         saved = read_run(run_dir)
-        _refuse_differences(path, _identity(saved), _identity(run))
         seeds = tuple(sorted(set(saved.source.seeds) | set(run.source.seeds)))
         if seeds == saved.source.seeds:
             return saved
@@ -120,7 +133,7 @@ def read_run(run_dir: Path) -> Run:
             dict(values["provenance"]),
         )
         return Run(
-            settings=from_dict(TrainSettings, values["settings"]),
+            settings=saved_settings(values["settings"]),
             transform=ObservationTransform.from_json(values["observation_transform"]),
             family=str(values["family"]),
             task_indices=tuple(int(index) for index in collection["task_indices"]),
@@ -152,35 +165,39 @@ def load_agent(run_dir: Path, seed: int, device: torch.device | str = "cpu") -> 
         trained = sorted(path.name for path in run_dir.glob("seed_*")) or ["none"]
         raise FocalError(f"{run_dir} holds no checkpoint of seed {seed} (folders: {', '.join(trained)}); "
                          f"focal-cli train ... --seed {seed}")  # fmt: skip
-    agent = new_agent(run.settings, run.transform, run.act_dim, torch.Generator(), device)
-    load_networks(checkpoints[-1], {"encoder": agent.encoder, "policy": agent.policy})
+    agent = _new_agent(run, torch.Generator(), device)
+    load_networks(checkpoints[-1], agent.networks)
     return agent
 
 
 def load_untrained_agent(run_dir: Path, seed: int, device: torch.device | str = "cpu") -> Agent:
     """Rebuild the agent of one seed as it was before its first gradient step: the "untrained" beside every result."""
-    run = read_run(run_dir)
-    return new_agent(run.settings, run.transform, run.act_dim, initial_generator(seed), device)
+    return _new_agent(read_run(run_dir), initial_generator(seed), device)
+
+
+def _new_agent(run: Run, generator: torch.Generator, device: torch.device | str) -> Agent:
+    return find_method(run.settings.algo).new_agent(run.settings, run.transform, run.act_dim, generator, device)
 
 
 def initial_generator(seed: int) -> torch.Generator:
     """Return the generator (on the CPU, for every device) that decides the initial weights of a seed."""
-    return torch.Generator().manual_seed(_word(seed, 0))
+    return seeded_generator(seed, 0)
 
 
 def training_generator(seed: int, device: torch.device) -> torch.Generator:
     """Return the generator of everything that a seed draws while it trains."""
-    return torch.Generator(device).manual_seed(_word(seed, 1))
+    return seeded_generator(seed, 1, device=device)
 
 
 def diagnostics_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Return the generator of a seed's log row at `step`; it has no past, so logging more or less changes nothing."""
-    return torch.Generator(device).manual_seed(_word(seed, 2, step))
+    return seeded_generator(seed, 2, step, device=device)
 
 
-def _word(seed: int, *stream: int) -> int:
-    """Return 64 bits for an independent stream of `seed`."""
-    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0])
+def seeded_generator(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return the generator of an independent stream of `seed`."""
+    word = int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(word)
 
 
 def _identity(run: Run) -> dict[str, Any]:

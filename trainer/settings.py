@@ -4,12 +4,12 @@ The defaults are the paper's common values, or the released code's where the pap
 (reference-facts sections 0, 3 and 8).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import UsageError, did_you_mean
-from ..settings import override
 from .divergence import Divergence
 
 Scale = Literal["smoke", "laptop", "paper"]
@@ -17,19 +17,32 @@ SCALES: tuple[Scale, ...] = ("smoke", "laptop", "paper")
 
 
 @dataclass(frozen=True)
+class EncoderSettings:
+    """What infers a task embedding from a context (encoder.py)."""
+
+    kind: Literal["deterministic", "probabilistic"] = "deterministic"  # a point, or a Gaussian posterior with a KL term
+    kl_weight: float = 0.1  # of the KL of posteriors from the prior, summed over tasks and dimensions (probabilistic)
+    prior_std: float = 1.0  # standard deviation of the prior, whose mean is 0 (the released code: 0.05)
+    bounded: bool = True  # means in (-1, 1), by tanh; embeddings of the deterministic kind always are (probabilistic)
+
+    def __post_init__(self) -> None:
+        require(self, "encoder.", above_zero=("prior_std",), not_negative=("kl_weight",))
+
+
+@dataclass(frozen=True)
 class DistanceSettings:
-    """The encoder's loss (distance.py)."""
+    """The distance metric loss (distance.py)."""
 
     power: int = -2  # of the distance in the term of different tasks: -2, -1, 1 or 2
-    beta: float = 1.0  # weight of that term; the paper's for powers -2, -1, 1, 2 are 1, 2, 8, 16
-    epsilon: float = 0.1  # keeps the negative powers finite at distance 0
+    beta: float | None = None  # weight of that term; none: the paper's for the power, 1, 2, 8, 16 for -2, -1, 1, 2
+    epsilon: float = 0.1  # keeps the negative powers finite at distance 0; the paper's for every power
     form: Literal["paper", "released"] = "paper"  # eq. 13, or the released code's form (power -2 only)
-    weight: float = 10.0  # of the whole loss; matters only beside other losses of the encoder, Adam being scale-free
+    weight: float = 10.0  # of the whole loss beside the encoder's other losses (alone, Adam is scale-free); 0: without
 
     def __post_init__(self) -> None:
         if self.power not in (-2, -1, 1, 2):
             raise UsageError(f"distance.power={self.power}, expected -2, -1, 1 or 2")
-        _require(self, "distance.", above_zero=("epsilon",), not_negative=("beta", "weight"))
+        require(self, "distance.", above_zero=("epsilon",), not_negative=("beta", "weight"))
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class RegularisationSettings:
     gradient_penalty: float = 5.0  # weight of the penalty on slopes above 1
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self,
             "regularisation.",
             above_zero=("alpha_min", "alpha_max", "discriminator_steps", "discriminator_learning_rate"),
@@ -68,55 +81,179 @@ class EntropySettings:
     learning_rate: float = 3e-4  # of the Adam that learns the weight
 
     def __post_init__(self) -> None:
-        _require(self, "entropy.", above_zero=("weight", "learning_rate"))
+        require(self, "entropy.", above_zero=("weight", "learning_rate"))
+
+
+@dataclass(frozen=True)
+class BcqSettings:
+    """Batch-constrained Q-learning (bcq.py). Defaults: the released Contextual BCQ's (reference-facts 5.2)."""
+
+    candidates: int = 10  # actions proposed per state, in targets and when acting
+    min_weight: float = 0.75  # of the smaller of the twin values in targets; the larger has the rest
+    perturbation_limit: float = 0.05  # largest change of a proposed action, per dimension
+    critic_hidden: tuple[int, ...] = (1024,) * 9  # hidden widths of the action values
+    vae_hidden: tuple[int, ...] = (1024,) * 7  # hidden widths of both halves of the generative model
+    perturbation_hidden: tuple[int, ...] = (1024,) * 8  # hidden widths of the perturbation
+
+    def __post_init__(self) -> None:
+        require(self, "bcq.", above_zero=("candidates",), not_negative=("perturbation_limit",))
+        require_share("bcq.min_weight", self.min_weight)
+        require_widths(self, "bcq.")
+
+
+@dataclass(frozen=True)
+class ReleasedSettings:
+    """What the released code does otherwise than the paper (reference-facts section 7); distance.form has one more."""
+
+    discard_bellman: bool = False  # D1: coupled gradients never reach the encoder, its optimiser having stepped before
+    penalise_output: bool = False  # D2: the discriminator's gradient penalty is on its output, not on its gradient
+    penalty_at_state: bool = False  # D3: the value penalty is the divergence at s, with the action logged there, not s'
+    no_actor_divergence: bool = False  # D4: the divergence gives the actor no gradient (FOCAL-latest, UNICORN)
+    limits_terminate: bool = False  # D6: the last step of every episode is a termination, time limits too
+    raw_reset: bool = False  # D7: when acting, the observation of a reset is not divided by observation_scale
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that decides a meta-training run, apart from data and seed."""
+    """What every method needs to know of a meta-training run, apart from data and seed; each adds its own."""
 
-    algo: Literal["focal"] = "focal"  # method
-    schedule: Literal["joint", "encoder-first"] = "joint"  # train both at once (the paper), or freeze a trained encoder
+    algo: str = ""  # method, fixed by the class of its settings
     steps: int = 100_000  # gradient steps of the control networks
-    encoder_steps: int = 0  # encoder-only gradient steps before those (encoder-first; joint ignores it)
     latent_dim: int = 20  # length of a task embedding
-    meta_batch: int = 16  # tasks per step, without replacement; at most the training tasks there are
-    context_size: int = 256  # transitions per context; two contexts per task and step train the encoder
+    meta_batch: int = 16  # tasks per step; without replacement at most the training tasks there are
+    context_size: int = 256  # transitions per context
     batch_size: int = 256  # transitions per task and step for the control networks
     next_observation_in_context: bool = False  # whether context rows hold the next observation
     context_reward: Literal["dense", "sparse"] = "dense"  # reward in the context; control always learns from the dense
     discount: float = 0.99  # of the return
-    reward_scale: float = 5.0  # multiplies rewards in the value target only
     encoder_hidden: tuple[int, ...] = (200, 200, 200)  # hidden widths of the encoder
-    control_hidden: tuple[int, ...] = (300, 300, 300)  # hidden widths of policy, action values and discriminator
     encoder_learning_rate: float = 3e-4  # of the encoder's Adam
     critic_learning_rate: float = 3e-4  # of the action values' Adam
-    actor_learning_rate: float = 3e-4  # of the policy's Adam
+    actor_learning_rate: float = 3e-4  # of the Adam of what acts: the policy, or BCQ's generative model and actor
     tau: float = 0.005  # share of the new weights in the target networks, every step
-    policy_penalty: float = 1e-3  # weight of mean^2 + log_std^2, which keeps tanh from saturating
-    log_std_min: float = -20.0  # lower bound of the policy's log standard deviation
-    log_std_max: float = 0.0  # upper bound of the policy's log standard deviation
     observation_scale: Literal["absmax", "none"] = "absmax"  # divide each observation column by its largest value
     hide_x: bool = False  # drop the absolute x from observations (half-cheetah: it gives the direction away)
+    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products; weights, losses and optimisers are always fp32
+    value_limit: float | None = (
+        None  # largest action value before a run stops as diverged; none: 100 x what is possible
+    )
     log_every: int = 100  # steps between rows of metrics.jsonl
     checkpoint_every: int = 2000  # steps between checkpoints
     eval_every: int = 5000  # steps between evaluations, once the control networks train
-    distance: DistanceSettings = field(default_factory=DistanceSettings)
-    regularisation: RegularisationSettings = field(default_factory=RegularisationSettings)
-    entropy: EntropySettings = field(default_factory=EntropySettings)
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
 
     def __post_init__(self) -> None:
         counts = ("steps", "latent_dim", "meta_batch", "context_size", "batch_size")
-        intervals = ("log_every", "checkpoint_every", "eval_every")
-        rates = ("encoder_learning_rate", "critic_learning_rate", "actor_learning_rate", "tau", "reward_scale")
-        _require(self, "", above_zero=counts + intervals + rates, not_negative=("encoder_steps", "policy_penalty"))
+        intervals = ("log_every", "checkpoint_every", "eval_every", "value_limit")
+        rates = ("encoder_learning_rate", "critic_learning_rate", "actor_learning_rate", "tau")
+        require(self, "", above_zero=counts + intervals + rates)
         for name in ("discount", "tau"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise UsageError(f"{name}={getattr(self, name)}, expected a number from 0 to 1")
-        for name in ("encoder_hidden", "control_hidden"):
-            widths = getattr(self, name)
-            if not widths or min(widths) < 1:
-                raise UsageError(f"{name}={widths}, expected widths of at least 1, for example --set {name}=256,256")
+            require_share(name, getattr(self, name))
+        require_widths(self, "")
+
+    @property
+    def total_steps(self) -> int:
+        """All gradient steps of the run."""
+        return self.steps
+
+    def phase(self, step: int) -> str:
+        """Return what trains after `step` gradient steps: "encoder", "control" or both, "joint"."""
+        return "joint"
+
+    def largest_step(self, largest_reward: float) -> float:
+        """Return the most that one step can add to an action value, given the largest absolute reward."""
+        return largest_reward
+
+    @property
+    def limits_terminate(self) -> bool:
+        """Whether the last step of every episode counts as a termination, time limits too (D6)."""
+        return False
+
+    @property
+    def raw_reset(self) -> bool:
+        """Whether the observation of a reset is not divided by observation_scale when acting (D7)."""
+        return False
+
+    def check(self) -> None:
+        """Raise `UsageError` for settings that are each fine and wrong together (`--set` changes one at a time)."""
+
+
+@dataclass(frozen=True)
+class ControlSettings(TrainSettings):
+    """And of the behaviour-regularised actor-critic (control.py), which FOCAL and Batch PEARL share."""
+
+    reward_scale: float = 5.0  # multiplies rewards in the value target only
+    control_hidden: tuple[int, ...] = (300, 300, 300)  # hidden widths of policy, action values and discriminator
+    policy_penalty: float = 1e-3  # weight of mean^2 + log_std^2, which keeps tanh from saturating
+    log_std_min: float = -20.0  # lower bound of the policy's log standard deviation
+    log_std_max: float = 0.0  # upper bound of the policy's log standard deviation
+    regularisation: RegularisationSettings = field(default_factory=RegularisationSettings)
+    entropy: EntropySettings = field(default_factory=EntropySettings)
+    released: ReleasedSettings = field(default_factory=ReleasedSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "", above_zero=("reward_scale",), not_negative=("policy_penalty",))
+
+    def largest_step(self, largest_reward: float) -> float:
+        """Return the most that one step can add to an action value, given the largest absolute reward: with a unit of
+        divergence and one nat of entropy, reward_scale |r| + alpha + w, alpha with the value penalty only."""
+        rule = self.regularisation
+        penalty = (rule.alpha_max if rule.adaptive else rule.alpha) if rule.kind == "value-penalty" else 0.0
+        return self.reward_scale * largest_reward + penalty + self.entropy.weight
+
+    @property
+    def limits_terminate(self) -> bool:
+        """Whether the last step of every episode counts as a termination, time limits too (D6)."""
+        return self.released.limits_terminate
+
+    @property
+    def raw_reset(self) -> bool:
+        """Whether the observation of a reset is not divided by observation_scale when acting (D7)."""
+        return self.released.raw_reset
+
+    def check(self) -> None:
+        """Raise `UsageError` for settings that are each fine and wrong together."""
+        if self.log_std_min > self.log_std_max:
+            raise UsageError(f"log_std_min={self.log_std_min} is above log_std_max={self.log_std_max}")
+        if self.regularisation.alpha_min > self.regularisation.alpha_max:
+            raise UsageError("regularisation.alpha_min is above regularisation.alpha_max")
+        self._check_released()
+
+    def _check_released(self) -> None:
+        """An ablation that changes nothing would be read as a result."""
+        kind = self.regularisation.kind
+        needs = {
+            "penalise_output": (kind != "none", "regularisation.kind=policy"),
+            "penalty_at_state": (kind == "value-penalty", "regularisation.kind=value-penalty"),
+            "no_actor_divergence": (kind != "none", "regularisation.kind=value-penalty"),
+            "raw_reset": (self.observation_scale != "none", "observation_scale=absmax"),
+        }
+        for name, (met, remedy) in needs.items():
+            if getattr(self.released, name) and not met:
+                raise UsageError(f"released.{name}=true has no effect here; --set {remedy}")
+
+
+@dataclass(frozen=True)
+class FocalSettings(ControlSettings):
+    """Everything that decides a run of FOCAL (focal.py)."""
+
+    algo: Literal["focal"] = "focal"
+    schedule: Literal["joint", "encoder-first"] = "joint"  # train both at once (the paper), or first the encoder alone
+    encoder_steps: int = 0  # encoder-only gradient steps before `steps` (encoder-first; joint ignores it)
+    encoder_after: Literal["frozen", "decaying"] = "frozen"  # its learning rate after those: 0, or halving
+    encoder_half_life: int = 1000  # control steps in which a decaying rate halves; below 1/1000 it is 0
+    gradients: Literal["decoupled", "coupled"] = "decoupled"  # coupled: the Bellman error trains the encoder too
+    task_replacement: bool = False  # draw a step's tasks with replacement, as the released code does
+    context_draws: int = 2  # contexts per task where the encoder trains: 2 make a positive pair of each task, 1 (the
+    # released code) only of a task drawn twice
+    distance: DistanceSettings = field(default_factory=DistanceSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "", above_zero=("encoder_half_life",), not_negative=("encoder_steps",))
+        if self.context_draws not in (1, 2):
+            raise UsageError(f"context_draws={self.context_draws}, expected 1 or 2")
 
     @property
     def encoder_only_steps(self) -> int:
@@ -128,8 +265,27 @@ class TrainSettings:
         """All gradient steps of the run."""
         return self.encoder_only_steps + self.steps
 
+    def encoder_rate(self, step: int) -> float:
+        """Factor of the encoder's learning rate after `step` gradient steps; at 0 it does not train."""
+        control_steps = step - self.encoder_only_steps
+        if self.schedule == "joint" or control_steps < 0:
+            return 1.0
+        rate = 0.5 ** (control_steps / self.encoder_half_life) if self.encoder_after == "decaying" else 0.0
+        return rate if rate >= 1e-3 else 0.0
+
+    def trains_control(self, step: int) -> bool:
+        """Whether the control networks train after `step` gradient steps."""
+        return step >= self.encoder_only_steps
+
+    def phase(self, step: int) -> str:
+        """Return what trains after `step` gradient steps: "encoder", "control" or both, "joint"."""
+        if not self.trains_control(step):
+            return "encoder"
+        return "joint" if self.encoder_rate(step) > 0 else "control"
+
     def check(self) -> None:
-        """Raise `UsageError` for settings that are each fine and wrong together (`--set` changes one at a time)."""
+        """Raise `UsageError` for settings that are each fine and wrong together."""
+        super().check()
         if self.distance.form == "released" and self.distance.power != -2:
             raise UsageError(
                 f"distance.form=released knows only power -2, found {self.distance.power}; --set distance.form=paper"
@@ -137,13 +293,21 @@ class TrainSettings:
         if self.schedule == "encoder-first" and self.encoder_steps == 0:
             raise UsageError("schedule=encoder-first with encoder_steps=0 freezes an untrained encoder; "
                              "--set encoder_steps=1500")  # fmt: skip
-        if self.log_std_min > self.log_std_max:
-            raise UsageError(f"log_std_min={self.log_std_min} is above log_std_max={self.log_std_max}")
-        if self.regularisation.alpha_min > self.regularisation.alpha_max:
-            raise UsageError("regularisation.alpha_min is above regularisation.alpha_max")
+        if self.released.discard_bellman and self.gradients != "coupled":
+            raise UsageError("released.discard_bellman=true has no effect here; --set gradients=coupled")
+        self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        coupled = self.gradients == "coupled"
+        if coupled and self.schedule == "encoder-first" and self.encoder_after == "frozen":
+            raise UsageError("gradients=coupled has no effect on a frozen encoder; --set encoder_after=decaying")
+        learns = self.distance.weight > 0 or (self.encoder.kind == "probabilistic" and self.encoder.kl_weight > 0)
+        if not learns and (not coupled or self.schedule == "encoder-first"):
+            raise UsageError("distance.weight=0 leaves the encoder without a loss; --set gradients=coupled "
+                             "--set schedule=joint, or --set encoder.kind=probabilistic")  # fmt: skip
 
 
-_POINT: dict[str, Any] = {"discount": 0.9, "reward_scale": 100.0, "latent_dim": 5}
+_POINT: dict[str, Any] = {"discount": 0.9, "reward_scale": 100.0, "latent_dim": 5, "encoder.kl_weight": 1.0}
 _BRAC_POLICY: dict[str, Any] = {"regularisation.kind": "policy", "regularisation.adaptive": True}
 _BRAC_VALUE: dict[str, Any] = {"regularisation.kind": "value-penalty", "regularisation.adaptive": True}
 
@@ -214,16 +378,14 @@ _SCALES: dict[Scale, dict[str, dict[str, Any]]] = {
 }
 
 
-def train_settings(family: str, scale: str) -> TrainSettings:
-    """Return the settings of FOCAL for a task family at a scale ("smoke", "laptop" or "paper").
+def family_table(family: str, scale: Scale) -> dict[str, Any]:
+    """Return FOCAL's differences from the defaults for a task family at a scale, by dotted name.
 
-    Raises `UsageError` naming the nearest known family or scale.
+    Raises `UsageError` naming the nearest known family.
     """
     if family not in _PAPER:
         raise UsageError(f"no training settings for family '{family}'; {did_you_mean(family, _PAPER)}")
-    if scale not in SCALES:
-        raise UsageError(f"unknown scale '{scale}'; {did_you_mean(scale, SCALES)}")
-    return override(TrainSettings(), {**_PAPER[family], **_SCALES[scale][family]})  # type: ignore[index]
+    return {**_PAPER[family], **_SCALES[scale][family]}
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -238,11 +400,27 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: s
     return names
 
 
-def _require(settings: Any, prefix: str, above_zero: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
+def require(settings: Any, prefix: str, above_zero: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
     """Raise `UsageError` for the first field out of range; NaN is out of every range."""
     for name in above_zero + not_negative:
         value = getattr(settings, name)
-        fits = value > 0 if name in above_zero else value >= 0
-        if not (fits and value < float("inf")):
+        fits = value is None or ((value > 0 if name in above_zero else value >= 0) and value < float("inf"))
+        if not fits:
             words = "above 0" if name in above_zero else "of 0 or more"
             raise UsageError(f"{prefix}{name}={value}, expected a number {words}")
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise `UsageError` unless `value` is from 0 to 1."""
+    if not 0.0 <= value <= 1.0:
+        raise UsageError(f"{name}={value}, expected a number from 0 to 1")
+
+
+def require_widths(settings: Any, prefix: str) -> None:
+    """Raise `UsageError` for a list of hidden widths that is empty or holds a 0."""
+    for name in (each.name for each in dataclasses.fields(settings) if each.name.endswith("hidden")):
+        widths = getattr(settings, name)
+        if not widths or min(widths) < 1:
+            raise UsageError(
+                f"{prefix}{name}={widths}, expected widths of at least 1, for example --set {prefix}{name}=256,256"
+            )

@@ -32,10 +32,21 @@ class ObservationTransform:
 
     def __call__(self, observations: Tensor) -> Tensor:
         """Map raw observations (..., raw_dim) to float32 (..., dim)."""
-        observations = observations.to(torch.float32)
-        if self.dim != self.raw_dim:
-            observations = observations[..., list(self.kept)]
+        observations = self.select(observations)
         return observations / torch.tensor(self.scale, dtype=torch.float32, device=observations.device)
+
+    def select(self, observations: Tensor) -> Tensor:
+        """Map raw observations (..., raw_dim) to float32 (..., dim), columns chosen but not scaled.
+
+        Raises `FocalError` for observations of another width.
+        """
+        if observations.shape[-1] != self.raw_dim:
+            raise FocalError(
+                f"observations have {observations.shape[-1]} columns, this run was trained on {self.raw_dim}; use the "
+                "collection it was trained on, or train on this one: focal-cli train --collection PATH --data mixed"
+            )
+        observations = observations.to(torch.float32)
+        return observations if self.dim == self.raw_dim else observations[..., list(self.kept)]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `from_json` gives back exactly this transform."""

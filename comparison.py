@@ -1,0 +1,212 @@
+"""Several methods on the same data, trained where they are not, tested alike, in one table and one picture.
+
+RUNS/NAME-ALGO              a run of each method; NAME is family, quality and scale
+RUNS/comparisons/NAME/      comparison-PROTOCOL.json, .md and .csv, return_curves.png and .svg
+"""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .datasets import open_collection
+from .envs import get_family
+from .errors import UsageError, did_you_mean
+from .evaluation import Interval, over_seeds, probability_of_improvement
+from .evaluation.metatest import RIGHT, UNTRAINED, WRONG, MetaTestResult
+from .evaluation.run_figures import logged
+from .evaluation.tables import write_table
+from .experiment import RunTest, TrainProgress, TrainRequest, plan_run, test_run, train_planned
+from .files import write_json
+from .provenance import provenance
+from .settings import field_names
+from .trainer.methods import find_method
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """What `focal-cli compare` asks for."""
+
+    train: TrainRequest  # of every method; `algo` and `name` are set for each
+    algos: tuple[str, ...]
+    stores: Path
+    protocol: str = "offline"
+    episodes: int = 10
+    test_seed: int = 0
+    name: str | None = None  # of the comparison
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's line of the table; the methods are in order, best first."""
+
+    algo: str
+    test: RunTest
+    scores: np.ndarray  # (S, K) normalised scores, or where no expert passed its test returns, of every seed and task
+    normalised: bool
+    better_than_next: Interval | None  # chance that a seed of it scores higher than one of the next method
+
+    @property
+    def interquartile(self) -> Interval:
+        """Interquartile mean over tasks, with its interval over seeds."""
+        return over_seeds(self.scores)
+
+    def returns(self, condition: str) -> Interval | None:
+        """Mean return of a condition, None where it was not tested."""
+        return self.test.over_seeds("mean", condition) if condition in self.test.first.conditions else None
+
+    def cells(self) -> dict[str, Any]:
+        """The line as the table shows it."""
+        unit = "normalised score" if self.normalised else "return"
+        returns = {condition: self.returns(condition) for condition in (RIGHT, WRONG, UNTRAINED)}
+        return {
+            "method": self.algo,
+            f"interquartile mean, {unit}": str(self.interquartile),
+            "P(better than the next)": "-" if self.better_than_next is None else str(self.better_than_next),
+            **{f"return, {condition}": str(interval) for condition, interval in returns.items() if interval},
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line with everything it rests on as JSON values."""
+        next_ = self.better_than_next
+        return {
+            "method": self.algo,
+            "run": str(self.test.run_dir),
+            "gradient_steps": self.test.run.settings.total_steps,
+            "normalised": self.normalised,
+            "scores": [[None if np.isnan(score) else score for score in row] for row in self.scores.tolist()],
+            "interquartile_mean": dataclasses.asdict(self.interquartile),
+            "better_than_next": None if next_ is None else dataclasses.asdict(next_),
+            "returns": {
+                condition: dataclasses.asdict(interval)
+                for condition in (RIGHT, WRONG, UNTRAINED)
+                if (interval := self.returns(condition))
+            },
+            "seconds": training_seconds(self.test),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The methods, best first."""
+
+    name: str
+    protocol: str
+    rows: tuple[Row, ...]
+    files: tuple[Path, ...]
+
+    @property
+    def title(self) -> str:
+        """What the table compares."""
+        test = self.rows[0].test
+        result = test.first
+        where = "held-out context" if result.heldout_only else "unseen tasks"
+        return (
+            f"{self.name}: {len(result.task_indices)} {where}, {self.protocol} protocol, {test.episodes} episodes a "
+            f"task; intervals: 95% over {len(test.results)} seed(s)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "name": self.name,
+            "protocol": self.protocol,
+            "methods": [row.to_json() for row in self.rows],
+            "provenance": provenance(),
+        }
+
+
+def compare(request: CompareRequest, progress: TrainProgress | None = None) -> Comparison:
+    """Train what is missing of every method, continue what was cut, test all, and write table and curves.
+
+    Raises `UsageError` for a method or a setting that does not exist before anything is trained, and as `train_run`
+    and `test_run` do.
+    """
+    collection = open_collection(request.train.collection)
+    scale = request.train.scale or collection.scale
+    name = request.name or f"{get_family(collection.family).alias}-{request.train.quality}-{scale}"
+    assignments = split_assignments(request.train.assignments, request.algos)
+    planned = {
+        algo: plan_run(
+            dataclasses.replace(
+                request.train, algo=algo, name=f"{name}-{algo}", assignments=assignments[algo], resume=True
+            )
+        )
+        for algo in request.algos
+    }
+    train_planned(list(planned.values()), request.train.workers, progress)
+    tests = {
+        algo: test_run(plan.run_dir, request.stores, None, None, request.episodes, request.test_seed, request.protocol)
+        for algo, plan in planned.items()
+    }
+    folder = request.train.runs / "comparisons" / name
+    comparison = Comparison(name, request.protocol, rank(tests), ())
+    stem = folder / f"comparison-{request.protocol}"
+    write_json(stem.with_suffix(".json"), comparison.to_json())
+    tables = write_table(stem.with_suffix(".csv"), [row.cells() for row in comparison.rows], comparison.title)
+    return dataclasses.replace(comparison, files=(*tables, *draw_curves(folder, name, tests)))
+
+
+def split_assignments(assignments: tuple[str, ...], algos: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Return each method's `--set` words: those that name it (`mbml:steps=100`), and the others it has a field for.
+
+    Raises `UsageError` for a method that is not compared, or a setting that none of them has.
+    """
+    mine: dict[str, list[str]] = {algo: [] for algo in algos}
+    known = {algo: set(field_names(find_method(algo).settings)) for algo in algos}
+    for word in assignments:
+        head = word.partition("=")[0]
+        owner, colon, name = head.rpartition(":")
+        if colon and owner not in mine:
+            raise UsageError(f"--set {word} is for '{owner}', which is not compared; these are: {', '.join(algos)}")
+        owners = [owner] if colon else [algo for algo in algos if name.strip() in known[algo]]
+        if not owners:
+            every = set().union(*known.values())
+            raise UsageError(f"none of {', '.join(algos)} has a setting '{name.strip()}'; {did_you_mean(name, every)}")
+        for algo in owners:
+            mine[algo].append(word.removeprefix(f"{owner}:"))
+    return {algo: tuple(words) for algo, words in mine.items()}
+
+
+def rank(tests: dict[str, RunTest]) -> tuple[Row, ...]:
+    """Put the methods in order of their interquartile means, best first, each beside the next."""
+    normalised = all(test.first.counted.any() for test in tests.values())
+    scores = {
+        algo: np.stack([_scores(result, normalised) for result in test.results.values()])
+        for algo, test in tests.items()
+    }
+    order = sorted(tests, key=lambda algo: -over_seeds(scores[algo]).mean)
+    chances = [probability_of_improvement(scores[better], scores[worse]) for better, worse in itertools.pairwise(order)]
+    return tuple(
+        Row(algo, tests[algo], scores[algo], normalised, chance)
+        for algo, chance in zip(order, [*chances, None], strict=True)
+    )
+
+
+def _scores(result: MetaTestResult, normalised: bool) -> np.ndarray:
+    """One seed's score (K,) of every task."""
+    return result.task_scores(RIGHT) if normalised else result.conditions[RIGHT].reported.mean(axis=1)
+
+
+def draw_curves(folder: Path, name: str, tests: dict[str, RunTest]) -> list[Path]:
+    """Draw the meta-tests that training logged, all methods in one picture; nothing where there were none."""
+    from .evaluation import figures
+
+    curves = {algo: logged(test.run_dir, test.results, "evaluation", "test/return") for algo, test in tests.items()}
+    curves = {algo: seeds for algo, seeds in curves.items() if all(seeds.values())}
+    if not curves:
+        return []
+    sparse = get_family(next(iter(tests.values())).run.family).sparse
+    label = "sparse return" if sparse else "return"
+    return figures.return_curves(folder / "return_curves.png", {name: curves}, [label])
+
+
+def training_seconds(test: RunTest) -> dict[str, float]:
+    """Return the seconds that training each seed took, by the clock of its log; a first stage is not in them."""
+    seconds = {}
+    for seed, rows in logged(test.run_dir, test.results, "metrics", "time/seconds").items():
+        seconds[str(seed)] = max(rows.values(), default=0.0)
+    return seconds

@@ -1,0 +1,145 @@
+"""`focal-cli compare`: what is trained, what is not trained again, and the numbers of its table."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from focal import UsageError
+from focal.cli import METHODS, PROTOCOLS, main
+from focal.comparison import rank, split_assignments
+from focal.evaluation import protocols
+from focal.trainer import methods
+
+SHORT = ["--set", "steps=4", "--set", "mbml:teachers.steps=4", "--set", "mbml:teachers.rewards.steps=4"]
+
+
+def cli(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr.strip().splitlines()[-1]
+
+
+def test_the_command_line_names_all_methods_and_protocols():
+    assert tuple(methods.METHODS) == METHODS
+    assert protocols.PROTOCOLS == PROTOCOLS
+
+
+def test_settings_go_to_the_methods_that_have_them():
+    words = ("steps=9", "mbml:steps=8", "regularisation.kind=policy", "bcq.candidates=3", "contextual-bcq:tau=0.1")
+    assert split_assignments(words, ("focal", "contextual-bcq", "mbml")) == {
+        "focal": ("steps=9", "regularisation.kind=policy"),
+        "contextual-bcq": ("steps=9", "bcq.candidates=3", "tau=0.1"),
+        "mbml": ("steps=9", "steps=8"),
+    }
+    with pytest.raises(UsageError, match="for 'mbml', which is not compared; these are: focal"):
+        split_assignments(("mbml:steps=3",), ("focal",))
+    with pytest.raises(UsageError, match=r"none of focal, mbml has a setting 'bcq\.candidate'; did you mean"):
+        split_assignments(("bcq.candidate=3",), ("focal", "mbml"))
+
+
+def fake_test(scores, counted=True):
+    """A run's test whose seeds have these scores (S, K), or these returns where nothing is counted."""
+    results = {
+        seed: SimpleNamespace(
+            counted=np.full(len(row), counted),
+            task_scores=lambda condition, row=row: np.array(row),
+            conditions={"right context": SimpleNamespace(reported=np.array(row)[:, None])},
+        )
+        for seed, row in enumerate(scores)
+    }
+    return SimpleNamespace(results=results, first=results[0])
+
+
+def test_methods_are_ranked_by_interquartile_mean_and_compared_with_the_next():
+    rows = rank(
+        {"low": fake_test([[0.0, 0.1, 0.2, 9.0]] * 2), "high": fake_test([[0.5, 0.6, 0.7, 0.8], [0.1, 0.6, 0.7, 0.8]])}
+    )
+    assert [row.algo for row in rows] == ["high", "low"]
+    assert rows[0].interquartile.mean == pytest.approx(0.65)  # the middle two of four, in both seeds
+    assert rows[1].interquartile.mean == pytest.approx(0.15)
+    # per task the chance that a seed of high beats one of low: 1, 1, 1, 0
+    assert rows[0].better_than_next.mean == pytest.approx(0.75)
+    assert rows[1].better_than_next is None
+    assert rows[0].normalised
+
+
+def test_returns_stand_in_where_an_expert_is_missing():
+    rows = rank({"a": fake_test([[1.0, 2.0]], counted=False), "b": fake_test([[3.0, 4.0]])})
+    assert not any(row.normalised for row in rows)
+    assert [row.interquartile.mean for row in rows] == [3.5, 1.5]
+
+
+def run_here(work, jobs, workers, on_report, how_to_continue):
+    """What `run_jobs` does, without processes, which take seconds to start."""
+    for job in jobs.values():
+        work(job, on_report)
+    return {}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("work")
+    folders = ["--stores", root / "stores", "--runs", root / "runs"]
+    cli("data", "generate", "--env", "point", "--scale", "smoke", *folders[:2])
+    return folders
+
+
+def test_compare_trains_what_is_missing_once_and_tests_alike(folders, monkeypatch):
+    monkeypatch.setattr("focal.experiment.run_jobs", run_here)
+    command = ["compare", "--data", "mixed", "--seeds", 1, "--episodes", 2, *SHORT, "--json", *folders]
+    alone = json.loads(cli(*command, "--algos", "mbml"))
+    assert [row["method"] for row in alone["methods"]] == ["mbml"]
+    runs = folders[3]
+    first = {path: path.stat().st_mtime_ns for path in (runs / "point-mixed-smoke-mbml").rglob("state.*")}
+    first |= {path: path.stat().st_mtime_ns for path in (runs / "teachers").rglob("*.safetensors")}
+    both = json.loads(cli(*command, "--algos", "batch-pearl,mbml"))
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    assert {row["method"] for row in both["methods"]} == {"batch-pearl", "mbml"}
+    for row in both["methods"]:
+        assert row["gradient_steps"] == 4
+        assert len(row["scores"]) == 1
+        assert set(row["returns"]) == {"right context", "wrong context", "untrained"}
+    assert both["methods"][0]["better_than_next"] is not None
+    files = {path.name for path in (runs / "comparisons" / "point-mixed-smoke").iterdir()}
+    assert files == {
+        "comparison-offline.json", "comparison-offline.md", "comparison-offline.csv", "return_curves.png",
+        "return_curves.svg",
+    }  # fmt: skip
+    online = json.loads(cli(*command, "--algos", "batch-pearl,mbml", "--protocol", "mbml"))
+    assert set(online["methods"][0]["returns"]) == {"right context", "untrained"}
+    table = (runs / "comparisons" / "point-mixed-smoke" / "comparison-mbml.md").read_text()
+    assert "| method |" in table
+    assert "| mbml |" in table
+
+
+def test_what_cannot_be_compared_is_refused_before_training(folders):
+    command = ["compare", "--data", "mixed", *folders]
+    assert "did you mean 'batch-pearl'" in cli(*command, "--algos", "focal,pearl", code=2)
+    assert "--algos is empty" in cli(*command, "--algos", ",", code=2)
+    assert "did you mean 'steps'" in cli(*command, "--algos", "focal", "--set", "stepz=3", code=2)
+    line = cli(*command, "--algos", "focal,mbml", "--name", "x", "--set", "mbml:transitions_vary=true", code=2)
+    assert "--set next_observation_in_context=true" in line
+    assert not list(folders[3].glob("x-*"))
+
+
+def test_a_run_is_continued_with_its_own_method(folders, monkeypatch):
+    monkeypatch.setattr("focal.experiment.run_jobs", run_here)
+    run = ["--data", "mixed", "--name", "mine", *folders]
+    cli("train", "--algo", "contextual-bcq", *run, "--set", "steps=3")
+    assert "is a run of contextual-bcq" in cli("train", "--algo", "focal", "--resume", *run, code=1)
+    assert "trained; test it with" in cli("train", "--resume", *run)
+    settings = json.loads((folders[3] / "mine" / "settings.json").read_text())["settings"]
+    assert (settings["algo"], settings["steps"]) == ("contextual-bcq", 3)
+
+
+@pytest.mark.slow
+def test_all_methods_run_on_the_command_line(folders):
+    command = ["compare", "--data", "mixed", "--seeds", 2, "--episodes", 2, "--name", "all", *folders]
+    printed = cli(*command)
+    assert all(algo in printed for algo in METHODS)
+    told = json.loads(cli(*command, "--json"))
+    assert len(told["methods"]) == 4
+    assert all(len(row["scores"]) == 2 for row in told["methods"])
