@@ -491,7 +491,7 @@ def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
 @click.option("--env", "env_name", help="Task family; may be left out where STORES holds one collection.")
 @click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
 @click.option("--data", "quality", type=click.Choice(QUALITIES), required=True, help="Quality to train on.")
-@click.option("--algo", type=click.Choice(METHODS), help="Method. [default: focal, or that of the run continued]")
+@click.option("--algo", metavar="METHOD", help=f"{', '.join(METHODS)}. [default: focal, or that of the run continued]")
 @click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds.")

@@ -9,8 +9,9 @@ from .datagen import generate_settings
 from .datasets import Collection
 from .envs import get_family
 from .settings import to_dict
+from .trainer.methods import train_settings
 from .trainer.runs import Run
-from .trainer.settings import SCALES, train_settings
+from .trainer.settings import SCALES
 
 
 def generate_command(collection: Collection) -> str | None:
@@ -29,7 +30,9 @@ def generate_command(collection: Collection) -> str | None:
 def train_command(run_dir: Path, run: Run, collection: Collection) -> str:
     """The command that trains the same run anew, under the scale whose settings are nearest to the run's."""
     found = flatten(to_dict(run.settings))
-    choices = {scale: _sets(found, flatten(to_dict(train_settings(run.family, scale)))) for scale in SCALES}
+    choices = {
+        scale: _sets(found, flatten(to_dict(train_settings(run.family, scale, run.settings.algo)))) for scale in SCALES
+    }
     scale = min(choices, key=lambda name: len(choices[name]))
     seeds = run.source.seeds
     words = ["focal-cli", "train", "--collection", str(collection.source), "--data", run.source.quality]

@@ -29,8 +29,9 @@ from focal.datasets import Transitions
 from focal.envs import get_family, make_batch, rollout
 from focal.evaluation.metatest import OfflineTransitions, TestTasks, episode_seeds, play_agent
 from focal.evaluation.protocols import join_episodes
-from focal.trainer.agent import Agent, new_agent
-from focal.trainer.settings import train_settings
+from focal.trainer.agent import Agent, new_policy_agent
+from focal.trainer.methods import train_settings
+from focal.trainer.settings import FocalSettings
 from focal.trainer.transform import fit_transform
 
 FAMILY = get_family("cheetah-vel")
@@ -107,8 +108,9 @@ def measure(tasks: int, episodes: int, repeats: int, scale: str) -> dict[str, An
     torch.set_num_threads(1)
     params, data = logged(tasks)
     settings = train_settings(FAMILY.name, scale)
+    assert isinstance(settings, FocalSettings)
     transform = fit_transform([one.observations for one in data], settings.observation_scale, False, None)
-    agent = new_agent(settings, transform, FAMILY.act_dim, torch.Generator().manual_seed(0))
+    agent = new_policy_agent(settings, transform, FAMILY.act_dim, torch.Generator().manual_seed(0))
     chosen = TestTasks(FAMILY, tuple(map(Entry, params)), tuple(data), (), "mixed", None)  # type: ignore[arg-type]
     ways: dict[str, Callable[[], int]] = {
         "bare physics": lambda: bare_physics(chosen, episodes),

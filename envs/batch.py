@@ -205,6 +205,31 @@ def _copy(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
         to[:] = what
 
 
+class BatchedSingles(BatchedEnvs):
+    """Environments of any other kind, stepped one after the other: slower, and nothing need be written for them."""
+
+    def __init__(self, family: TaskFamily, tasks: Sequence[TaskParameters]):
+        super().__init__(family, tasks)
+        self._envs = [gymnasium.make(family.env_id, task=task, disable_env_checker=True).unwrapped for task in tasks]
+
+    def close(self) -> None:
+        """Release what the environments hold."""
+        for env in self._envs:
+            env.close()
+
+    def _reset(self, seeds: Sequence[int]) -> np.ndarray:
+        observations = [env.reset(seed=int(seed))[0] for env, seed in zip(self._envs, seeds, strict=True)]
+        return np.stack(observations).astype(np.float32)
+
+    def _step(
+        self, live: np.ndarray, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        steps = [self._envs[index].step(action) for index, action in zip(live.tolist(), actions, strict=True)]
+        observations, rewards, terminated, _, infos = zip(*steps, strict=True)
+        named = {name: np.array([info[name] for info in infos], np.float64) for name in infos[0]}
+        return np.stack(observations).astype(np.float32), np.array(rewards, float), np.array(terminated, bool), named
+
+
 def env_class(family: TaskFamily) -> Any:
     """Return the environment class registered for a family."""
     entry = gymnasium.spec(family.env_id).entry_point
@@ -216,7 +241,9 @@ def make_batch(family: TaskFamily, tasks: Sequence[TaskParameters], threads: int
     """Return M environments stepped together. `threads` defaults to the cores this process may use."""
     if issubclass(env_class(family), PointRobotEnv):
         return BatchedPointRobots(family, tasks)
-    return BatchedLocomotion(family, tasks, threads)
+    if issubclass(env_class(family), LocomotionEnv):
+        return BatchedLocomotion(family, tasks, threads)
+    return BatchedSingles(family, tasks)
 
 
 def rollout(envs: BatchedEnvs, policy: Policy, seeds: Sequence[int]) -> Rollouts:

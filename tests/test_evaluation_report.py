@@ -17,7 +17,7 @@ from focal.datasets import open_collection
 from focal.envs import get_family, make_batch, rollout
 from focal.evaluation import Interval, animation
 from focal.evaluation.report import Page, render_page, table
-from focal.trainer.settings import TrainSettings, train_settings
+from focal.trainer.methods import METHODS, train_settings
 
 from .chromium import chromium_tab, find_chromium
 
@@ -112,9 +112,10 @@ def test_its_commands_say_exactly_what_was_done(point_run):
     assert settings.to_dict(rebuilt) == tasks.collection.settings
 
 
-def test_every_setting_survives_the_form_that_set_takes():
-    defaults = TrainSettings()
-    assert settings.override(TrainSettings(), commands.flatten(settings.to_dict(defaults))) == defaults
+@pytest.mark.parametrize("algo", list(METHODS))
+def test_every_setting_survives_the_form_that_set_takes(algo):
+    usual = train_settings("walker-2d-params", "paper", algo)
+    assert settings.override(METHODS[algo].settings(), commands.flatten(settings.to_dict(usual))) == usual
 
 
 def test_names_from_data_cannot_become_code():
