@@ -17,7 +17,7 @@ CLI    := $(BIN)/focal-cli
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart data train test-run lint type imports test test-slow reproduce clean
+.PHONY: help setup quickstart data train test-run lint type imports test test-slow reproduce docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,7 @@ quickstart: $(READY) ## The whole pipeline on sparse-point-robot: data, training
 	$(CLI) data generate --env point --tasks 20/5 --stores quickstart/stores
 	$(CLI) train --env point --data mixed --set steps=5000 --name first --resume --stores quickstart/stores --runs quickstart/runs
 	$(CLI) test --stores quickstart/stores --runs quickstart/runs
+	$(CLI) report --stores quickstart/stores --runs quickstart/runs -o quickstart/report.html
 
 data: $(READY) ## Stage one: a SAC agent per task of ENV, rolled out into stores
 	$(CLI) data generate --env $(ENV) --scale $(SCALE) --stores $(STORES)
@@ -73,6 +74,9 @@ else ifdef TABLE
 else
 	benchmarks/reproduce.sh $(RESULT) $(CLI) $(STORES) $(RUNS)
 endif
+
+docs: $(READY) ## The API reference from the docstrings, in site/
+	$(BIN)/pdoc focal $(foreach p,envs datasets datagen trainer evaluation,focal.$(p)) '!focal.tests' -o site
 
 clean: ## Remove caches (never stores or runs)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

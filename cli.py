@@ -496,7 +496,7 @@ def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
 @click.option("--env", "env_name", help="Task family; may be left out where STORES holds one collection.")
 @click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
 @click.option("--data", "quality", type=click.Choice(QUALITIES), required=True, help="Quality to train on.")
-@click.option("--algo", type=click.Choice(METHODS), help="Method. [default: focal, or that of the run continued]")
+@click.option("--algo", metavar="METHOD", help=f"{', '.join(METHODS)}. [default: focal, or that of the run continued]")
 @click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds.")
@@ -652,6 +652,27 @@ def _print_result(document: Any, as_json: bool, show: Callable[[], None]) -> Non
         click.echo(json.dumps(document, indent=2))
     else:
         show()
+
+
+@main.command()
+@click.argument("runs_shown", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--rollouts/--no-rollouts", default=True, help="Play and show some episodes.")
+@stores_option
+@runs_option
+def report(runs_shown: Sequence[Path], output: Path, rollouts: bool, stores: Path, runs: Path) -> None:
+    """Write one HTML page about runs: results, embeddings, training, episodes, data, settings, commands.
+
+    It needs no network, can be mailed, and defaults to the newest run. A run that was never tested is tested first.
+    """
+    import torch
+
+    from .experiment import newest_run
+    from .reporting import write_report
+
+    torch.set_num_threads(1)
+    written = write_report(runs_shown or [newest_run(runs)], stores, output, rollouts)
+    click.echo(f"saved {written} ({written.stat().st_size / 2**20:.1f} MiB); open it in a browser")
 
 
 @main.command()

@@ -56,6 +56,7 @@ from .trainer.runs import (
 from .trainer.settings import TrainSettings
 from .workers import available_cores, run_jobs
 
+TEST_FORMAT = "focal-test/1"
 QUICK_EPISODES, QUICK_SEED = 2, 1_000_003  # of the meta-tests during training; another seed than `focal-cli test`'s
 
 
@@ -184,6 +185,7 @@ class RunTest:
             if condition in self.first.conditions
         }
         return {
+            "format": TEST_FORMAT,
             "run": str(self.run_dir),
             "protocol": self.source.protocol,
             "context_size": self.source.size,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .commands import flatten
 from .datasets import Collection, Selection
 from .envs import FAMILIES, get_family
 from .evaluation import figures, seed_interval
@@ -272,7 +273,7 @@ def table_datasets(item: Item, material: Material) -> list[Path]:
 
 def table_settings(item: Item, material: Material) -> list[Path]:
     """Every setting of FOCAL in figure 3, per family, at the scale asked for."""
-    columns = {family: _flat(focal(family).settings(material.scale)) for family in FAMILIES}
+    columns = {family: _settings(focal(family), material.scale) for family in FAMILIES}
     names = next(iter(columns.values()))
     rows = [{"setting": name} | {family: column[name] for family, column in columns.items()} for name in names]
     return write_table(item.file(material), rows, item.what)
@@ -280,8 +281,8 @@ def table_settings(item: Item, material: Material) -> list[Path]:
 
 def table_power_law(item: Item, material: Material) -> list[Path]:
     """The settings of figure 2 that differ between its losses, or from those of Table 4."""
-    usual = _flat(focal(VEL).settings(material.scale))
-    columns = {training.label: _flat(training.settings(material.scale)) for training in item.trainings}
+    usual = _settings(focal(VEL), material.scale)
+    columns = {training.label: _settings(training, material.scale) for training in item.trainings}
     names = [name for name in usual if any(column[name] != usual[name] for column in columns.values())]
     rows = [{"setting": name, "Table 4": usual[name]} | {k: column[name] for k, column in columns.items()}
             for name in names]  # fmt: skip
@@ -310,19 +311,9 @@ def _mean_return(collection: Collection, quality: str) -> float | None:
     return float(returns.mean()) if len(returns) else None
 
 
-def _flat(settings: TrainSettings) -> dict[str, Any]:
-    """Settings by dotted name."""
-    flat: dict[str, Any] = {}
-
-    def walk(values: Mapping[str, Any], prefix: str) -> None:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{name}.")
-            else:
-                flat[prefix + name] = ", ".join(map(str, value)) if isinstance(value, list) else value
-
-    walk(to_dict(settings), "")
-    return flat
+def _settings(training: Training, scale: str) -> dict[str, str]:
+    """A run's settings by dotted name."""
+    return flatten(to_dict(training.settings(scale)))
 
 
 ITEMS = {

@@ -18,6 +18,8 @@ from .provenance import provenance
 from .trainer.agent import Agent
 from .trainer.runs import Run, load_agent
 
+SWEEP_FORMAT = "focal-sweep/1"
+
 
 @dataclass(frozen=True)
 class SweepPoint:
@@ -63,7 +65,10 @@ class Sweep:
     def to_json(self) -> dict[str, Any]:
         """Return summaries over seeds and every raw return as JSON values."""
         return {
+            "format": SWEEP_FORMAT,
             "run": str(self.run_dir),
+            "gradient_steps": self.run.settings.total_steps,
+            "collection": {"name": self.tasks.collection.name, "content_hash": self.tasks.collection.content_hash},
             "protocol": "offline",
             "quality": self.tasks.quality,
             "episodes": self.episodes,

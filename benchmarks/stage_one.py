@@ -24,7 +24,6 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: one thread a process, as stage one runs
 
-import itertools
 
 import torch
 

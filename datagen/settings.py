@@ -113,6 +113,11 @@ _SMOKE: dict[str, Any] = {"sac": {"total_steps": 300, "learning_starts": 100, "b
 _SMOKE_TASKS = {"n_train": 4, "n_test": 2}
 
 
+def add_family(family: str, changes: dict[str, Any]) -> None:
+    """Add a family's differences from the defaults, the same at laptop and paper; see extend.py."""
+    _FAMILIES[family], _PAPER[family] = changes, {}
+
+
 def generate_settings(family: str, scale: str, fixed_tasks: bool = False) -> GenerateSettings:
     """Return the settings of a family at a scale. Raises `UsageError` for an unknown scale."""
     if scale not in SCALES:

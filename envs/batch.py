@@ -165,6 +165,17 @@ class BatchedLocomotion(BatchedEnvs):
         self._makers = list(makers.values())
         self._data = [mujoco.MjData(env.model) for env in self._envs]
         self._class = env_class(family)
+        # Views into the simulators' memory, made once, and where they are copied to: asking a simulator for its arrays
+        # at every step costs as much as the policy. The copying is left to the threads that step.
+        torso, count = self._envs[0].torso_id, 4 if self._class.needs_contact_forces else 3
+        views = [(data.qpos, data.qvel, data.xpos[torso], data.cfrc_ext)[:count] for data in self._data]
+        arrays = [np.zeros((len(tasks), *view.shape)) for view in views[0]]
+        self._state = State(*arrays)
+        self._copies = [
+            [(array[i], view) for array, view in zip(arrays, views[i], strict=True)] for i in range(len(tasks))
+        ]
+        self._controls = [data.ctrl for data in self._data]
+        self._x = np.zeros(len(tasks))  # where each was before the step
         numbers = {k for k, v in tasks[0].items() if isinstance(v, float)} if not own_model else set()
         self._parameters = {name: np.array([task[name] for task in tasks]) for name in numbers}
         self._threads = threads or len(os.sched_getaffinity(0))
@@ -178,7 +189,7 @@ class BatchedLocomotion(BatchedEnvs):
             env.close()
 
     def _reset(self, slots: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
-        for slot, seed in zip(slots, seeds, strict=True):
+        for slot, seed in zip(slots.tolist(), seeds, strict=True):
             env, data = self._envs[slot], self._data[slot]
             try:
                 rng, _ = seeding.np_random(int(seed))
@@ -186,45 +197,84 @@ class BatchedLocomotion(BatchedEnvs):
                 data.qpos[:], data.qvel[:] = env.draw_start(rng)
                 mujoco.mj_forward(env.model, data)
             except Exception as error:
-                self.errors[int(slot)] = error
-        return finite(self._class.observe(self._gather(slots)))
+                self.errors[slot] = error
+            _copy(self._copies[slot])
+        state = self._state.at(slots)
+        self._x[slots] = self._class.x_position(state)
+        return finite(self._class.observe(state))
 
     def _step(
         self, live: np.ndarray, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         actions = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
-        before = self._class.x_position(self._gather(live))
-        for index, action in zip(live, actions, strict=True):
-            self._data[index].ctrl[:] = action
-        shares = np.array_split(live, self._threads)
         if self._pool is None:
-            self._advance(live)
+            self._advance(live, actions)
         else:
-            list(self._pool.map(self._advance, shares))
-        after = self._gather(live)
-        velocity = finite((self._class.x_position(after) - before) / self._envs[0].dt)
+            size = -(-len(live) // self._threads)
+            shares = [slice(start, start + size) for start in range(0, len(live), size)]
+            list(self._pool.map(lambda share: self._advance(live[share], actions[share]), shares))
+        after = self._state if len(live) == len(self.tasks) else self._state.at(live)
+        x = self._class.x_position(after)
+        velocity = finite((x - self._x[live]) / self._envs[0].dt)
+        self._x[live] = x
         task = {name: values[live] for name, values in self._parameters.items()}
         rewards = finite(self._class.reward(task, velocity, actions, after))
         return finite(self._class.observe(after)), rewards, ~self._class.healthy(after), {"x_velocity": velocity}
 
-    def _advance(self, indices: np.ndarray) -> None:
-        for index in indices:
+    def _advance(self, indices: np.ndarray, actions: np.ndarray) -> None:
+        for index, action in zip(indices.tolist(), actions, strict=True):
             env, data = self._envs[index], self._data[index]
+            self._controls[index][:] = action
             try:
                 mujoco.mj_step(env.model, data, nstep=env.frame_skip)
-                mujoco.mj_rnePostConstraint(env.model, data)
+                if self._class.needs_contact_forces:
+                    mujoco.mj_rnePostConstraint(env.model, data)
             except Exception as error:
-                self.errors[int(index)] = error
+                self.errors[index] = error
+            _copy(self._copies[index])
 
-    def _gather(self, indices: Sequence[int] | np.ndarray) -> State:
-        data, torso = [self._data[i] for i in indices], self._envs[0].torso_id
-        forces = np.stack([d.cfrc_ext for d in data]) if self._class.needs_contact_forces else None
-        return State(
-            np.stack([d.qpos for d in data]),
-            np.stack([d.qvel for d in data]),
-            np.stack([d.xpos[torso] for d in data]),
-            forces,
-        )
+
+def _copy(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    for to, what in pairs:
+        to[:] = what
+
+
+class BatchedSingles(BatchedEnvs):
+    """Environments of any other kind, stepped one after the other: slower, and nothing need be written for them."""
+
+    def __init__(self, family: TaskFamily, tasks: Sequence[TaskParameters]):
+        super().__init__(family, tasks)
+        self._envs = [gymnasium.make(family.env_id, task=task, disable_env_checker=True).unwrapped for task in tasks]
+
+    def close(self) -> None:
+        """Release what the environments hold."""
+        for env in self._envs:
+            env.close()
+
+    def _reset(self, slots: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+        observations = np.zeros((len(slots), self.family.obs_dim), np.float32)
+        for row, (slot, seed) in enumerate(zip(slots.tolist(), seeds, strict=True)):
+            try:
+                observations[row] = self._envs[slot].reset(seed=int(seed))[0]
+            except Exception as error:
+                self.errors[slot] = error
+        return observations
+
+    def _step(
+        self, live: np.ndarray, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        observations, rewards = self.observations[live], np.zeros(len(live))
+        terminated = np.zeros(len(live), bool)
+        infos: dict[str, np.ndarray] = {}
+        for row, (slot, action) in enumerate(zip(live.tolist(), actions, strict=True)):
+            try:
+                observations[row], rewards[row], terminated[row], _, info = self._envs[slot].step(action)
+            except Exception as error:
+                self.errors[slot] = error
+                continue
+            for name, value in info.items():
+                infos.setdefault(name, np.zeros(len(live)))[row] = value
+        return observations, rewards, terminated, infos
 
 
 def env_class(family: TaskFamily) -> Any:
@@ -238,7 +288,9 @@ def make_batch(family: TaskFamily, tasks: Sequence[TaskParameters], threads: int
     """Return M environments stepped together. `threads` defaults to the cores this process may use."""
     if issubclass(env_class(family), PointRobotEnv):
         return BatchedPointRobots(family, tasks)
-    return BatchedLocomotion(family, tasks, threads)
+    if issubclass(env_class(family), LocomotionEnv):
+        return BatchedLocomotion(family, tasks, threads)
+    return BatchedSingles(family, tasks)
 
 
 def rollout(envs: BatchedEnvs, policy: Policy, seeds: Sequence[int]) -> Rollouts:

@@ -34,10 +34,16 @@ class State:
     torso: np.ndarray  # (..., 3) world position of the torso as MuJoCo leaves it after a step
     contact_forces: np.ndarray | None = None  # (..., nbody, 6), only for families that read them
 
+    def at(self, rows: np.ndarray) -> "State":
+        """Return copies of some rows of the first axis."""
+        forces = None if self.contact_forces is None else self.contact_forces[rows]
+        return State(self.qpos[rows], self.qvel[rows], self.torso[rows], forces)
+
 
 def finite(values: np.ndarray) -> np.ndarray:
     """Return `values` with 0 where they are not finite, which a diverged simulation's last step may be."""
-    return np.where(np.isfinite(values), values, np.zeros_like(values))
+    good = np.isfinite(values)
+    return values if good.all() else np.where(good, values, np.zeros_like(values))
 
 
 class LocomotionEnv(MujocoEnv):

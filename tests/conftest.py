@@ -186,3 +186,24 @@ def make_collection(tmp_path_factory) -> Callable[..., Collection]:
 def collection(make_collection) -> Collection:
     """Three training tasks and a test task of the point robot, all levels; shared, so never changed by a test."""
     return make_collection()
+
+
+@pytest.fixture(scope="session")
+def point_run(tmp_path_factory) -> list[Any]:
+    """A point robot generated and trained through the command line at smoke scale, two seeds: `RUNS/point`.
+
+    Returns the words that say where, ["--stores", STORES, "--runs", RUNS].
+    """
+    from click.testing import CliRunner
+
+    from focal.cli import main
+
+    root = tmp_path_factory.mktemp("point")
+    folders = ["--stores", root / "stores", "--runs", root / "runs"]
+    for words in (
+        ["data", "generate", "--env", "point", "--scale", "smoke", *folders[:2]],
+        ["train", "--data", "mixed", "--scale", "smoke", "--seeds", 2, "--name", "point", *folders],
+    ):
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert result.exit_code == 0, result.output
+    return folders

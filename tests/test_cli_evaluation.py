@@ -16,14 +16,9 @@ def cli(*arguments, code=0):
     return result.stdout if code == 0 else result.stderr
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A smoke collection and a run of two seeds on it."""
-    root = tmp_path_factory.mktemp("work")
-    folders = ["--stores", root / "stores", "--runs", root / "runs"]
-    cli("data", "generate", "--env", "point", "--scale", "smoke", *folders[:2])
-    cli("train", "--data", "mixed", "--scale", "smoke", "--seeds", 2, "--name", "point", *folders)
-    return folders
+@pytest.fixture
+def folders(point_run):
+    return point_run
 
 
 def test_protocols_are_told_and_kept(folders):

@@ -378,6 +378,14 @@ _SCALES: dict[Scale, dict[str, dict[str, Any]]] = {
 }
 
 
+def add_family(family: str, changes: Mapping[str, Any]) -> None:
+    """Add a task family's differences from the defaults, by dotted name, the same at every scale; see extend.py."""
+    _PAPER[family] = dict(changes)
+    for scale in SCALES:
+        smoke = {**_SMOKE, "regularisation.discriminator_steps": 1}
+        _SCALES[scale][family] = smoke if scale == "smoke" else {}
+
+
 def family_table(family: str, scale: Scale) -> dict[str, Any]:
     """Return FOCAL's differences from the defaults for a task family at a scale, by dotted name.
 

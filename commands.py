@@ -1,0 +1,70 @@
+"""The commands that make a collection, a run or a test again, rebuilt from what was saved beside it."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .datagen import generate_settings
+from .datasets import Collection
+from .envs import get_family
+from .settings import to_dict
+from .trainer.methods import train_settings
+from .trainer.runs import Run
+from .trainer.settings import SCALES
+
+
+def generate_command(collection: Collection) -> str | None:
+    """The command that generates the same collection anew; None for one that was imported or derived."""
+    header = collection.header
+    if collection.derived_from or header.tasks_from not in ("seed", "published"):
+        return None
+    family = get_family(header.family)
+    usual = to_dict(generate_settings(family.name, header.scale, fixed_tasks=family.fixed_tasks is not None))
+    words = ["focal-cli", "data", "generate", "--env", family.alias, "--scale", header.scale]
+    words += ["--seed", str(header.seed), "--tasks-from", header.tasks_from]
+    words += _sets(flatten(header.settings), flatten(usual))
+    return shlex.join([*words, "-o", str(collection.source)])
+
+
+def train_command(run_dir: Path, run: Run, collection: Collection) -> str:
+    """The command that trains the same run anew, under the scale whose settings are nearest to the run's."""
+    found = flatten(to_dict(run.settings))
+    choices = {
+        scale: _sets(found, flatten(to_dict(train_settings(run.family, scale, run.settings.algo)))) for scale in SCALES
+    }
+    scale = min(choices, key=lambda name: len(choices[name]))
+    seeds = run.source.seeds
+    words = ["focal-cli", "train", "--collection", str(collection.source), "--data", run.source.quality]
+    words += ["--algo", run.settings.algo, "--scale", scale, "--seed", str(seeds[0]), "--seeds", str(len(seeds))]
+    return shlex.join([*words, "--runs", str(run_dir.parent), "--name", run_dir.name, *choices[scale]])
+
+
+def test_command(run_dir: Path, document: Mapping[str, Any]) -> str:
+    """The command of one of the files in RUN/tests."""
+    words = ["focal-cli", "test", str(run_dir), "--episodes", str(document["episodes"])]
+    words += ["--test-seed", str(document["test_seed"])]
+    if "sizes" in document:
+        sizes = ",".join(map(str, document["sizes"]))
+        return shlex.join([*words, "--data", str(document["quality"]), "--sweep", "--sizes", sizes])
+    quality = next(iter(document["seeds"].values()))["quality"]
+    words += ["--data", quality, "--protocol", document["protocol"], "--context-size", str(document["context_size"])]
+    return shlex.join([*words, "--context-unit", document["context_unit"]])
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings in JSON form by dotted name, each as `--set` takes it."""
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            flat[prefix + name] = ",".join(map(str, value))
+        else:
+            flat[prefix + name] = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return flat
+
+
+def _sets(found: Mapping[str, str], usual: Mapping[str, str]) -> list[str]:
+    changed = [f"{name}={value}" for name, value in found.items() if usual.get(name) != value]
+    return [word for pair in changed for word in ("--set", pair)]

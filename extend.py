@@ -1,0 +1,48 @@
+"""Families and methods of your own, added from your own script: it then IS focal-cli, with them in it.
+
+    python my_family.py data generate --env my-family --scale smoke
+    python my_method.py train --data mixed --algo my-method
+
+docs/extending.md walks through an example of each. Add them at the top level of the script: worker processes import it
+again. Stores and runs stay plain data; whoever opens them needs the script too.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+
+from .datagen import settings as stage_one
+from .envs import FAMILIES, TaskFamily
+from .errors import UsageError
+from .trainer import settings as stage_two
+from .trainer.methods import METHODS, Method
+
+
+def add_family(
+    family: TaskFamily,
+    env_class: Any,
+    generate: Mapping[str, Any] | None = None,
+    train: Mapping[str, Any] | None = None,
+) -> None:
+    """Add a task family with its Gymnasium environment, which takes the task as `env_class(task=...)`.
+
+    `generate` holds what stage one does otherwise than its defaults, by nested names (`{"sac": {"total_steps": 9}}`),
+    `train` what FOCAL does, as dotted ones (`{"latent_dim": 5}`); both at every scale, under what makes smoke short.
+    Raises `UsageError` when name, alias or environment id are taken.
+    """
+    for other in FAMILIES.values():
+        taken = {other.name, other.alias, other.env_id} & {family.name, family.alias, family.env_id}
+        if taken:
+            raise UsageError(f"{sorted(taken)[0]} is a family already; choose another name")
+    FAMILIES[family.name] = family
+    gymnasium.register(family.env_id, entry_point=env_class)
+    stage_one.add_family(family.name, {"n_train": family.n_train, "n_test": family.n_test, **(generate or {})})
+    stage_two.add_family(family.name, {"discount": family.discount, **(train or {})})
+
+
+def add_method(name: str, method: Method) -> None:
+    """Add a method that `focal-cli train --algo NAME` trains. Raises `UsageError` when the name is taken."""
+    if name in METHODS:
+        raise UsageError(f"{name} is a method already; choose another name")
+    METHODS[name] = method

@@ -1,0 +1,235 @@
+"""The report: one file that fetches nothing, says what was measured and how, and works in a real browser."""
+
+import html.parser
+import json
+import re
+import shlex
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from focal import commands, experiment, settings
+from focal.cli import main
+from focal.datagen import generate_settings
+from focal.datasets import open_collection
+from focal.envs import get_family, make_batch, rollout
+from focal.evaluation import Interval, animation
+from focal.evaluation.report import Page, render_page, table
+from focal.trainer.methods import METHODS, train_settings
+
+from .chromium import chromium_tab, find_chromium
+
+TABS = ["Results", "Embeddings", "Training", "Rollouts", "Data", "Settings", "Commands"]
+
+
+def cli(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def report(point_run, tmp_path_factory):
+    """The report of a run that was never tested by hand, and of the same run beside it."""
+    run = point_run[3] / "point"
+    cli("test", run, "--sweep", "--sizes", "1,8", "--episodes", 2, "--no-figures", *point_run)
+    cli("test", run, "--protocol", "online", "--episodes", 2, "--no-figures", *point_run)
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    printed = cli("report", run, run, "-o", path, *point_run)
+    assert f"saved {path}" in printed
+    return path
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects the text outside scripts, and every address a browser would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.addresses, self._inside = [], [], None
+
+    def handle_starttag(self, tag, attributes):
+        self._inside = tag if tag in ("script", "style") else None
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "data", "action")]
+
+    def handle_endtag(self, tag):
+        self._inside = None
+
+    def handle_data(self, data):
+        if self._inside is None:
+            self.text.append(data)
+
+
+def read(document):
+    reader = Reader()
+    reader.feed(document)
+    return reader
+
+
+def test_it_is_one_file_below_ten_megabytes_that_asks_for_nothing(report):
+    assert report.stat().st_size < 10 * 2**20
+    document = report.read_text()
+    assert read(document).addresses == ["data:,"]
+    assert "default-src 'none'" in document
+
+
+def test_it_holds_the_numbers_and_their_commands(report, point_run):
+    text = "\n".join(read(report.read_text()).text)
+    run = point_run[3] / "point"
+    tests = {path.stem: json.loads(path.read_text()) for path in (run / "tests").glob("*.json")}
+    main_test = tests["mixed-context32-episodes10-seed0"]
+    for condition in ("right context", "wrong context", "untrained", "zero action", "expert"):
+        assert condition in text
+        assert str(Interval(**main_test["summary"][condition]["mean"])) in text
+    for document in tests.values():
+        assert commands.test_command(run, document) in text
+    collection = open_collection(point_run[1] / "sparse-point-robot")
+    for fact in (collection.content_hash, collection.licence, "--env point", "context_reward", "Software and hardware"):
+        assert fact in text
+
+
+def test_its_commands_say_exactly_what_was_done(point_run):
+    run_dir = point_run[3] / "point"
+    run, tasks = experiment.testable(run_dir, point_run[1], None)
+    words = shlex.split(commands.train_command(run_dir, run, tasks.collection))
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    assert options["--scale"] == "smoke"
+    assert "--set" not in options
+    changed = settings.override(run.settings, {"tau": 0.5, "control_hidden": (7, 8), "hide_x": False, "steps": 61})
+    words = shlex.split(
+        commands.train_command(run_dir, SimpleNamespace(**vars(run) | {"settings": changed}), tasks.collection)
+    )
+    pairs = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    assert sorted(pairs) == ["control_hidden=7,8", "steps=61", "tau=0.5"]
+    base = train_settings(run.family, words[words.index("--scale") + 1])
+    assert settings.override(base, settings.parse_assignments(pairs)) == changed
+
+    words = shlex.split(commands.generate_command(tasks.collection))
+    base = generate_settings("sparse-point-robot", words[words.index("--scale") + 1])
+    pairs = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    rebuilt = settings.override(base, settings.parse_assignments(pairs))
+    assert settings.to_dict(rebuilt) == tasks.collection.settings
+
+
+@pytest.mark.parametrize("algo", list(METHODS))
+def test_every_setting_survives_the_form_that_set_takes(algo):
+    usual = train_settings("walker-2d-params", "paper", algo)
+    assert settings.override(METHODS[algo].settings(), commands.flatten(settings.to_dict(usual))) == usual
+
+
+def test_names_from_data_cannot_become_code():
+    page = Page("<script>alert(1)</script>", "a & b")
+    page.add(
+        "Results", table([{"<b>": "</td><script>alert(2)</script>"}]), page.plot({"data": ["</script><script>"]}, "<i>")
+    )
+    document = render_page("x", "y", [page])
+    shown = document.split("<main>")[1].split("<script>")[0]
+    assert "<script>alert" not in shown
+    assert "</script><script>" not in shown.replace("</script><script type=", "")
+    assert "<b>" not in shown
+    assert "<i>" not in shown
+
+
+def test_mujoco_episodes_are_rendered_or_it_says_why():
+    family = get_family("cheetah-dir")
+    params = family.fixed_tasks
+    envs = make_batch(family, params, threads=1)
+    actions = iter(np.random.default_rng(0).uniform(-1, 1, (200, 2, 6)).astype(np.float32))
+    rollouts = rollout(envs, lambda obs: next(actions), [1, 2])
+    envs.close()
+    played = animation.Played((0, 1), params, (1, 2), rollouts, None)
+    frames, how = animation.render_frames(SimpleNamespace(family=family), played)
+    if frames is None:
+        assert "MUJOCO_GL=egl" in how
+        assert "MUJOCO_GL=osmesa" in how
+        pytest.skip(f"no renderer here: {how}")
+    assert [len(one) for one in frames] == [animation.FRAMES, animation.FRAMES]
+    assert all(frame.startswith("data:image/jpeg;base64,") for frame in frames[0])
+    assert len(set(frames[0])) > animation.FRAMES // 2, "the robot moves"
+
+
+def test_where_nothing_renders_it_is_said(monkeypatch):
+    family = get_family("cheetah-dir")
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(animation, "BACKENDS", ("nonsense",))
+    rollouts = SimpleNamespace(actions=np.zeros((1, 2, 6), np.float32), lengths=np.array([2]))
+    played = animation.Played((0,), family.fixed_tasks[:1], (1,), rollouts, None)
+    frames, how = animation.render_frames(SimpleNamespace(family=family), played)
+    assert frames is None
+    assert how.startswith("MUJOCO_GL=nonsense: ")
+
+
+@pytest.fixture(scope="module")
+def tab(report, tmp_path_factory):
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("no Chromium found; install one, or name it in CHROMIUM")
+    with chromium_tab(executable, tmp_path_factory.mktemp("profile")) as tab:
+        tab.open(report)
+        yield tab
+
+
+class TestInChromium:
+    """In order: each test goes on where the one before it stopped."""
+
+    def test_it_opens_on_the_results_with_plots_drawn(self, tab):
+        tab.wait("document.querySelectorAll('#run0-tab0 .plot').length > 0")
+        tab.wait("[...document.querySelectorAll('#run0-tab0 .plot')].every(p => p.querySelector('.main-svg'))")
+        assert tab.evaluate("document.title").startswith("FOCAL report")
+        assert tab.evaluate("document.querySelector('#run0-tab0').offsetHeight") > 300
+        assert tab.evaluate("document.querySelector('#run1').offsetHeight") == 0
+
+    def test_tabs_show_their_panel_and_draw_its_plots(self, tab):
+        names = tab.evaluate("[...document.querySelectorAll('#run0 > nav button')].map(b => b.textContent)")
+        assert names == TABS
+        for number, name in enumerate(names):
+            tab.evaluate(f"document.querySelectorAll('#run0 > nav button')[{number}].click()")
+            shown = tab.evaluate("[...document.querySelectorAll('#run0 > section')].map(s => s.offsetHeight > 0)")
+            assert shown == [i == number for i in range(len(names))], name
+            panel = f"[...document.querySelectorAll('#run0-tab{number} .plot')]"
+            tab.wait(f"{panel}.every(p => p.querySelector('.main-svg, .gl-container canvas'))")
+            widths = tab.evaluate(f"{panel}.map(p => p.querySelector('.svg-container').offsetWidth)")
+            assert all(width > 300 for width in widths), name
+
+    def test_plots_show_the_data(self, tab):
+        tab.evaluate("document.querySelectorAll('#run0 > nav button')[1].click()")
+        points = tab.evaluate("document.querySelector('#run0-tab1 .plot').data[0].x.length")
+        assert points == 2 * 10, "two test tasks, ten contexts each"
+        assert tab.evaluate("document.querySelectorAll('#run0-tab1 .scatterlayer .point').length") == points
+
+    def test_episodes_play(self, tab):
+        tab.evaluate("document.querySelectorAll('#run0 > nav button')[3].click()")
+        pixels = "document.querySelector('#run0 .player canvas').getContext('2d').getImageData(0, 0, 260, 260).data"
+        drawn = f"{pixels}.reduce((a, b) => a + b)"
+        slider = "document.querySelector('#run0 .player input')"
+        last = tab.evaluate(drawn)
+        tab.evaluate(f"{slider}.value = 0; {slider}.dispatchEvent(new Event('input'))")
+        assert tab.evaluate(drawn) != last
+        tab.evaluate("document.querySelector('#run0 .player button').click()")
+        tab.wait(f"Number({slider}.value) > 2")
+        tab.evaluate("document.querySelector('#run0 .player button').click()")
+
+    def test_the_other_run_is_one_click_away(self, tab):
+        tab.evaluate("document.querySelectorAll('main > nav button')[1].click()")
+        assert tab.evaluate("document.querySelector('#run0').offsetHeight") == 0
+        tab.wait("[...document.querySelectorAll('#run1-tab0 .plot')].every(p => p.querySelector('.main-svg'))")
+
+    def test_arrow_keys_move_between_tabs(self, tab):
+        tab.evaluate(
+            "document.querySelector('#run1 > nav button').dispatchEvent("
+            "new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))"
+        )
+        assert tab.evaluate("document.querySelector('#run1-tab1').offsetHeight") > 0
+        assert tab.evaluate("document.activeElement.textContent") == TABS[1]
+
+    def test_nothing_went_wrong_and_nothing_was_asked_of_the_network(self, tab):
+        assert tab.problems == []
+
+
+def test_plots_hold_no_value_that_json_lacks(report):
+    document = report.read_text()
+    payloads = re.findall(r"<script type='application/json' id='[^']+'>(.*?)</script>", document, re.S)
+    assert len(payloads) > 20
+    for payload in payloads:
+        json.loads(payload, parse_constant=lambda name: pytest.fail(f"{name} in a payload"))
