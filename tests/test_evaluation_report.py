@@ -216,6 +216,7 @@ class TestInChromium:
         tab.wait("[...document.querySelectorAll('#run1-tab0 .plot')].every(p => p.querySelector('.main-svg'))")
 
     def test_arrow_keys_move_between_tabs(self, tab):
+        tab.evaluate("document.querySelectorAll('main > nav button')[1].click()")
         tab.evaluate(
             "document.querySelector('#run1 > nav button').dispatchEvent("
             "new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}))"
