@@ -32,8 +32,9 @@ Curves = Mapping[str, Mapping[int, Mapping[int, float]]]
 
 
 def return_curves(
-    path: Path, panels: Mapping[str, Curves], ylabels: Sequence[str], log_x: bool = False, columns: int = 3
-) -> list[Path]:
+    path: Path, panels: Mapping[str, Curves], ylabels: Sequence[str], log_x: bool = False, columns: int = 3,
+    xlabel: str = "gradient steps",
+) -> list[Path]:  # fmt: skip
     """Draw return against gradient steps, one panel per title: mean over seeds with its 95% interval."""
     with plt.rc_context(STYLE):
         figure, axes = _grid(len(panels), columns, (4.4, 3.3))
@@ -41,7 +42,7 @@ def return_curves(
         for axis, (title, curves), ylabel in zip(axes, panels.items(), ylabels, strict=True):
             for name, seeds in curves.items():
                 _draw_curve(axis, names.index(name), name, seeds)
-            axis.set(xlabel="gradient steps", ylabel=ylabel, title=title)
+            axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
             if log_x:
                 axis.set_xscale("log")
         axes[0].legend(frameon=False, fontsize=8)
