@@ -16,10 +16,12 @@ TINY = override(
     {"engine": "fleet", "fleet.size": 2, "n_train": 5, "n_test": 1, "checkpoints": 6, "sac.total_steps": 420,
      "sac.learning_starts": 30, "sac.batch_size": 32, "sac.hidden_sizes": "32,32"},
 )  # fmt: skip
+# long enough that the first node is still at its first fleet when the second one has started its process
+LONGER = override(TINY, {"checkpoints": 20, "sac.total_steps": 6_000})
 
 
-def request(path, **changes):
-    settings = dataclasses.replace(TINY, **changes)
+def request(path, settings=TINY, **changes):
+    settings = dataclasses.replace(settings, **changes)
     return GenerateRequest("point", path, settings, "smoke", seed=4, workers=1, device="cpu")
 
 
@@ -40,19 +42,19 @@ def two_nodes(monkeypatch):
 
 
 class Killer(Progress):
-    """Kills a node as soon as a task of each node has trained a while."""
+    """Kills a node when two fleets are between two checkpoints: one on each node, since a node has one core."""
 
     def __init__(self, kill):
-        self.kill, self.steps, self.killed_at = kill, {}, None
-        self.sealed = []
+        self.kill, self.killed_at = kill, None
+        self.steps, self.sealed = {}, []
 
     def update(self, task, what, value):
         if what == "sealed":
             self.sealed.append(task)
         if what == "steps":
             self.steps[task] = self.steps.get(task, 0) + value
-        busy = {task // 2 for task, steps in self.steps.items() if 0 < steps < 420}
-        if self.killed_at is None and len(busy) >= 2:
+        busy = {task // 2 for task, steps in self.steps.items() if 0 < steps < LONGER.sac.total_steps}
+        if self.killed_at is None and len(busy) == 2:
             self.killed_at = dict(self.steps)
             self.kill()
 
@@ -60,13 +62,13 @@ class Killer(Progress):
 @pytest.mark.slow
 def test_a_node_that_dies_half_way_costs_nothing(tmp_path, two_nodes):
     nodes, second = two_nodes
-    one_machine = generate(request(tmp_path / "one"))
+    one_machine = generate(request(tmp_path / "one", LONGER))
     killer = Killer(lambda: nodes.remove_node(second, allow_graceful=False))
-    wanted = dataclasses.replace(request(tmp_path / "two"), ray=nodes.address)
+    wanted = dataclasses.replace(request(tmp_path / "two", LONGER), ray=nodes.address)
     made = generate(wanted, killer)
     assert killer.killed_at is not None, "the node must have died while both were at work"
     assert sorted(killer.sealed) == list(range(6))
-    assert verify_collection(made.path).episodes == 6 * 7 * 3
+    assert verify_collection(made.path).episodes == 6 * 21 * 3
     assert made.content_hash == one_machine.content_hash
     for entry in one_machine.tasks:
         expected, found = one_machine.load(entry.index), made.load(entry.index)
