@@ -15,7 +15,7 @@ from .sac import SacStack, Scratch
 from .settings import SacSettings
 
 REPORT_EVERY = 100  # steps
-_CACHE = 2**19  # bytes, of a core's own cache: where an agent's activations fill it, it is best trained by itself
+_CACHE = 2**21  # bytes that a layer of a group's critics may fill: see docs/benchmarks.md, "Stage one"
 
 
 class Group:
@@ -139,7 +139,7 @@ class Group:
 
 
 def group_size(settings: SacSettings) -> int:
-    """Agents to train together on a CPU: as many as keep one layer of both critics in a core's cache, at least one."""
+    """Agents to train together on a CPU: enough to share the fixed costs of a step, few enough for a core's caches."""
     return max(1, _CACHE // (2 * settings.batch_size * max(settings.hidden_sizes) * 4))
 
 

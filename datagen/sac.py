@@ -187,20 +187,21 @@ class SacStack:
         targets = bellman_targets(
             batch[..., self.columns.reward],
             batch[..., self.columns.terminated],
-            self._values(self.target, torch.cat([next_states, following.actions.transpose(1, 2)], 2)),
+            self._values(self.target, next_states, following.actions.transpose(1, 2)),
             following.log_probs,
             temperature,
             self.settings.discount,
         )
-        gradient = critic_gradient(self._values(self.critic, batch[..., self.columns.pair]), targets)
+        states, actions = batch[..., self.columns.observation], batch[..., self.columns.action]
+        gradient = critic_gradient(self._values(self.critic, states, actions), targets)
         self.critic.backward(self._scratch.pairs.flatten(0, 1), _per_critic(gradient), self._scratch.critic)
         self._critic_adam.step()
         self.critic.refresh()
 
     def _step_actor_and_temperature(self, current: Actions, temperature: Tensor) -> None:
         size = current.log_probs.shape[1]
-        pairs = torch.cat([self._scratch.states[:, :size], current.actions.transpose(1, 2)], 2)
-        gradient = smaller_value_gradient(self._values(self.critic, pairs))
+        states = self._scratch.states[:, :size]
+        gradient = smaller_value_gradient(self._values(self.critic, states, current.actions.transpose(1, 2)))
         by_critic = self.critic.input_gradient(_per_critic(gradient), self._scratch.critic, self._obs_dim)
         action_gradient = by_critic.unflatten(0, (-1, 2)).sum(1)  # (K, A, B)
         self.actor.backward(
@@ -210,10 +211,12 @@ class SacStack:
         self._actor_adam.step()
         self.actor.refresh()
 
-    def _values(self, critics: StackedMlp, pairs: Tensor) -> Tensor:
-        """Both action values (K, 2, B) of observations joined to actions (K, B, obs_dim + act_dim)."""
-        self._scratch.pairs.copy_(pairs.unsqueeze(1))
-        return critics.forward(self._scratch.pairs.flatten(0, 1), self._scratch.critic).unflatten(0, (-1, 2)).squeeze(2)
+    def _values(self, critics: StackedMlp, states: Tensor, actions: Tensor) -> Tensor:
+        """Both action values (K, 2, B) at observations (K, B, obs_dim) and actions (K, B, act_dim)."""
+        pairs = self._scratch.pairs
+        pairs[..., : self._obs_dim] = states.unsqueeze(1)
+        pairs[..., self._obs_dim :] = actions.unsqueeze(1)
+        return critics.forward(pairs.flatten(0, 1), self._scratch.critic).unflatten(0, (-1, 2)).squeeze(2)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the whole state by name, agents first, as views."""

@@ -109,11 +109,11 @@ class StackedMlp:
             hidden, low = (None, None) if space is None else (space.hidden[layer], self._low[layer])
             if space is not None and low is not None:
                 product = torch.bmm(space.low_hidden[layer - 1], low, out=space.low_products[layer])
-                below = torch.add(product, self.biases[layer], out=hidden)
+                below = space.hidden[layer].copy_(product).add_(self.biases[layer])
             else:
                 below = torch.baddbmm(self.biases[layer], below, self.weights[layer], out=hidden)
             below.relu_()
-            if space is not None and space.low:
+            if space is not None and self._low[layer + 1] is not None:
                 space.low_hidden[layer].copy_(below)
         return torch.baddbmm(self.biases[-1], self.weights[-1], below.transpose(1, 2))
 
@@ -132,8 +132,10 @@ class StackedMlp:
             if self._low[layer] is None:
                 torch.bmm(below[:, :rows].transpose(1, 2), gradient, out=self._weight_gradients[layer])
             else:
-                below, low = space.low_hidden[layer - 1], space.low_gradients[layer].copy_(gradient)
-                self._weight_gradients[layer].copy_(torch.bmm(below[:, :rows].transpose(1, 2), low))
+                # of trained rows among others, bfloat16 products would be a quarter slower than the copy makes them
+                below, low = space.low_hidden[layer - 1][:, :rows].contiguous(), space.low_gradients[layer]
+                product = torch.bmm(below.transpose(1, 2), low.copy_(gradient))
+                self._weight_gradients[layer].copy_(product)
             if layer > 0:
                 gradient = self._gradient_below(layer, gradient, space)
 
