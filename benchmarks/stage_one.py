@@ -2,7 +2,7 @@
 
     python benchmarks/stage_one.py                            # both families, a fleet of 16 per process
     python benchmarks/stage_one.py --families walker --agents 8 --json
-    python benchmarks/stage_one.py --profile                  # where a fleet's time goes
+    python benchmarks/stage_one.py --profile                  # where a fleet's CPU time goes
 
 All engines run in turn, `--rounds` times, so that what else the machine does strikes all alike; a ratio is the median
 over rounds of two neighbours in time. The floor is the time the products of an update take at the speed of 256^3
@@ -56,8 +56,8 @@ def products_of(family: TaskFamily, settings: SacSettings) -> float:
 
 
 def short(family: TaskFamily) -> SacSettings:
-    """The family's settings, but for a replay that is allocated in no time and updates from the start."""
-    return dataclasses.replace(generate_settings(family.name, "laptop").sac, total_steps=20_000, learning_starts=30)
+    """The family's settings at paper scale, but for a replay that is soon allocated and updates from the start."""
+    return dataclasses.replace(generate_settings(family.name, "paper").sac, total_steps=20_000, learning_starts=30)
 
 
 def parameters(family: TaskFamily, count: int) -> list[Any]:
@@ -157,6 +157,7 @@ SHARES = {  # what a function's name in the profile says about its work, first m
     "products": ("torch.bmm", "torch.baddbmm"),
     "Adam and Polyak": ("_fused_adam_", "_foreach_add_", "lerp_"),
     "ReLU and its gradient": ("relu_", "_ops.aten"),
+    "copies": ("copy_", "contiguous"),
     "random numbers": ("normal_", "uniform_", "randint"),
     "replay gather": ("index_select",),
     "other tensor work": ("torch", "TensorBase"),
@@ -165,22 +166,35 @@ SHARES = {  # what a function's name in the profile says about its work, first m
 
 
 def profile(family: TaskFamily, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Shares of one fleet's time by kind of work (one process; the profiler itself adds to Python's share)."""
+    """Where a fleet's CPU time goes, by kind of work: ms a step of one agent (the profiler adds to Python's)."""
+    spent = {precision: _profile(family, arguments.agents, precision) for precision in ("fp32", "bf16")}
+    rows = []
+    for kind in [*SHARES, "Python", "all"]:
+        row: dict[str, Any] = {"family": family.name, "work": kind}
+        for precision, times in spent.items():
+            row |= {
+                f"{precision} ms": round(times[kind], 3),
+                f"{precision} share": round(times[kind] / times["all"], 3),
+            }
+        rows.append(row)
+    return rows
+
+
+def _profile(family: TaskFamily, agents: int, precision: str, steps: int = 60) -> dict[str, float]:
     torch.set_num_threads(1)
-    fleet = new_fleet(family, arguments.agents, "fp32")
+    fleet = new_fleet(family, agents, precision)
     fleet.train_chunk(WARM_UP, lambda slots, done: None)
-    profiler = cProfile.Profile()
+    profiler = cProfile.Profile(time.thread_time)
     profiler.enable()
-    fleet.train_chunk(60, lambda slots, done: None)
+    fleet.train_chunk(steps, lambda slots, done: None)
     profiler.disable()
-    shares = dict.fromkeys([*SHARES, "Python"], 0.0)
+    times = dict.fromkeys([*SHARES, "Python"], 0.0)
     functions: dict[tuple[str, int, str], Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
     for (file, _, name), (_, _, own, _, _) in functions.items():
         kinds = (kind for kind, words in SHARES.items() if any(word in name or word in file for word in words))
         builtin = file == "~" or "envs/" in file or "numpy" in file
-        shares[next(kinds, "Python") if builtin else "Python"] += own
-    total = sum(shares.values())
-    return [{"family": family.name, "work": kind, "share": round(own / total, 3)} for kind, own in shares.items()]
+        times[next(kinds, "Python") if builtin else "Python"] += 1e3 * own / steps / agents
+    return times | {"all": sum(times.values())}
 
 
 def main() -> None:
@@ -191,7 +205,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=available_cores(), help="side by side (default: all cores)")
     parser.add_argument("--seconds", type=float, default=10.0, help="measured per engine and round (default 10)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--profile", action="store_true", help="only show where a fleet's time goes")
+    parser.add_argument("--profile", action="store_true", help="only show where one process's CPU time goes")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     families = [get_family(name) for name in arguments.families.split(",")]

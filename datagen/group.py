@@ -15,7 +15,7 @@ from .sac import SacStack, Scratch
 from .settings import SacSettings
 
 REPORT_EVERY = 100  # steps
-_CACHE = 2**21  # bytes that a layer of a group's critics may fill: see docs/benchmarks.md, "Stage one"
+_CACHE = 2**22  # bytes that a layer of a group's critics may fill: see docs/benchmarks.md, "Stage one"
 
 
 class Group:

@@ -82,9 +82,9 @@ def test_groups_do_not_change_what_is_drawn_or_learnt(monkeypatch):
 
 
 def test_a_stack_fills_the_cache():
-    # two critics, 256 rows of 64 float32: 128 KiB a stack of one, so 16 fill 2 MiB
-    assert group_size(SacSettings(hidden_sizes=(64, 64), batch_size=256)) == 16
-    assert group_size(SacSettings(hidden_sizes=(256, 256), batch_size=256)) == 4
+    # two critics, 256 rows of 64 float32: 128 KiB a stack of one, so 32 fill 4 MiB
+    assert group_size(SacSettings(hidden_sizes=(64, 64), batch_size=256)) == 32
+    assert group_size(SacSettings(hidden_sizes=(256, 256), batch_size=256)) == 8
     assert group_size(SacSettings(hidden_sizes=(4096,), batch_size=4096)) == 1
 
 
