@@ -3,7 +3,7 @@
 Like `SacAgent`, a fleet trains in chunks, one per checkpoint; each starts with fresh episodes and with every agent's
 generator reseeded from (seed, task, chunk), so that networks, optimisers, temperatures and replay are its whole state.
 
-On a GPU all agents are one group. On a CPU a group holds as many as fit a core's cache, and the groups are trained
+On a GPU all agents are one group. On a CPU a group holds a few, for the sake of its caches, and the groups are trained
 through a chunk one after the other: agents have nothing in common, so nobody notices. How the products of an agent are
 rounded may depend on who shares its group, which is why fleets are fixed by the settings, and why an agent that fails
 keeps its slot.

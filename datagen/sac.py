@@ -36,8 +36,8 @@ class RowLayout:
 
     def __init__(self, obs_dim: int, act_dim: int):
         pair = obs_dim + act_dim
-        self.observation, self.pair = slice(0, obs_dim), slice(0, pair)
-        self.action, self.next_observation = slice(obs_dim, pair), slice(pair, pair + obs_dim)
+        self.observation, self.action = slice(0, obs_dim), slice(obs_dim, pair)
+        self.next_observation = slice(pair, pair + obs_dim)
         self.reward, self.terminated, self.width = pair + obs_dim, pair + obs_dim + 1, pair + obs_dim + 2
 
 
