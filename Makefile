@@ -66,11 +66,14 @@ test: $(READY) ## The fast tests
 test-slow: $(READY) ## The slow tests: killed processes, learning
 	$(BIN)/pytest -m slow
 
+# FIGURE=3 ENV="point wind" makes these families' part; ENV's default is for the other targets
+ONLY = $(if $(findstring command,$(origin ENV)),$(foreach family,$(ENV),--env $(family)))
+
 reproduce: $(READY) ## A FIGURE or TABLE of the paper (FIGURE=8), or a RESULT of docs/results.md: point, point-joint, cheetah-dir
 ifdef FIGURE
-	$(CLI) reproduce figure $(FIGURE) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
+	$(CLI) reproduce figure $(FIGURE) $(ONLY) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
 else ifdef TABLE
-	$(CLI) reproduce table $(TABLE) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
+	$(CLI) reproduce table $(TABLE) $(ONLY) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
 else
 	benchmarks/reproduce.sh $(RESULT) $(CLI) $(STORES) $(RUNS)
 endif
