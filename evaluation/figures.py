@@ -163,7 +163,7 @@ def context_size_curve(path: Path, sweeps: Mapping[str, Any], ylabels: Mapping[s
                 axis.xaxis.set_major_formatter("{x:,.0f}")
             if np.isfinite(sweep.expert_return):
                 left.axhline(sweep.expert_return, color="0.4", lw=1, ls="--")
-                left.text(0.99, sweep.expert_return, "behaviour experts", ha="right", va="bottom",
+                left.text(0.02, sweep.expert_return, "behaviour experts", ha="left", va="top",
                           transform=left.get_yaxis_transform())  # fmt: skip
             chance = 1 / len(sweep.tasks.entries)
             right.axhline(chance, color="0.4", lw=1, ls="--")
@@ -181,7 +181,7 @@ def trajectories_by_quality(path: Path, panels: Mapping[str, Sequence[dict[str, 
     within which a sparse reward is not zero.
     """
     with plt.rc_context(STYLE):
-        figure, axes = _grid(len(panels), len(panels), (3.3, 3.2), sharex=True, sharey=True)
+        figure, axes = _grid(len(panels), len(panels), (3.3, 3.5), sharex=True, sharey=True)
         figure.set_layout_engine("compressed")  # panels of equal scale leave gaps otherwise
         goals = {episode["task"]: tuple(episode["goal"]) for episodes in panels.values() for episode in episodes}
         colours = dict(zip(goals, itertools.cycle(COLOURS), strict=False))
