@@ -78,8 +78,9 @@ else
 	benchmarks/reproduce.sh $(RESULT) $(CLI) $(STORES) $(RUNS)
 endif
 
+# pdoc lets an import start no program unless told so; GLFW, which gymnasium imports, looks for its library that way
 docs: $(READY) ## The API reference from the docstrings, in site/
-	$(BIN)/pdoc focal $(foreach p,envs datasets datagen trainer evaluation,focal.$(p)) '!focal.tests' -o site
+	PDOC_ALLOW_EXEC=1 $(BIN)/pdoc focal $(foreach p,envs datasets datagen trainer evaluation,focal.$(p)) '!focal.tests' -o site
 
 clean: ## Remove caches (never stores or runs)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info
