@@ -66,17 +66,21 @@ test: $(READY) ## The fast tests
 test-slow: $(READY) ## The slow tests: killed processes, learning
 	$(BIN)/pytest -m slow
 
+# FIGURE=3 ENV="point wind" makes these families' part; ENV's default is for the other targets
+ONLY = $(if $(findstring command,$(origin ENV)),$(foreach family,$(ENV),--env $(family)))
+
 reproduce: $(READY) ## A FIGURE or TABLE of the paper (FIGURE=8), or a RESULT of docs/results.md: point, point-joint, cheetah-dir
 ifdef FIGURE
-	$(CLI) reproduce figure $(FIGURE) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
+	$(CLI) reproduce figure $(FIGURE) $(ONLY) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
 else ifdef TABLE
-	$(CLI) reproduce table $(TABLE) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
+	$(CLI) reproduce table $(TABLE) $(ONLY) --scale $(SCALE) --stores $(STORES) --runs $(RUNS)
 else
 	benchmarks/reproduce.sh $(RESULT) $(CLI) $(STORES) $(RUNS)
 endif
 
+# pdoc lets an import start no program unless told so; GLFW, which gymnasium imports, looks for its library that way
 docs: $(READY) ## The API reference from the docstrings, in site/
-	$(BIN)/pdoc focal $(foreach p,envs datasets datagen trainer evaluation,focal.$(p)) '!focal.tests' -o site
+	PDOC_ALLOW_EXEC=1 $(BIN)/pdoc focal $(foreach p,envs datasets datagen trainer evaluation,focal.$(p)) '!focal.tests' -o site
 
 clean: ## Remove caches (never stores or runs)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

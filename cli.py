@@ -678,19 +678,28 @@ def report(runs_shown: Sequence[Path], output: Path, rollouts: bool, stores: Pat
 @main.command()
 @click.argument("kind", required=False, type=click.Choice(["figure", "table"]))
 @click.argument("number", required=False)
+@click.option("--env", "families", multiple=True, help="Only this family's part of it; may be repeated.")
 @click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("reproduced"), show_default=True)
 @click.option("--workers", type=click.IntRange(1), help="Processes. [default: all cores]")
 @stores_option
 @runs_option
 def reproduce(
-    kind: str | None, number: str | None, scale: str, output: Path, workers: int | None, stores: Path, runs: Path
+    kind: str | None,
+    number: str | None,
+    families: Sequence[str],
+    scale: str,
+    output: Path,
+    workers: int | None,
+    stores: Path,
+    runs: Path,
 ) -> None:
     """Make a figure or table of the paper; data and runs that are missing are made first. Alone, lists them.
 
     For example: focal-cli reproduce figure 8
     """
     from .console import GenerateBars, TrainBars
+    from .envs import get_family
     from .paper import ITEMS
     from .reproduce import find_item, reproduce
 
@@ -700,6 +709,8 @@ def reproduce(
     if number is None:
         raise UsageError(f"which {kind}? for example: focal-cli reproduce {kind} {'8' if kind == 'figure' else '6'}")
     item = find_item(kind, number)
+    if families:
+        item = item.restricted([get_family(name).name for name in families])
     for file in reproduce(item, scale, stores, runs, output, GenerateBars, TrainBars, workers or 0):
         click.echo(f"saved {file}")
 

@@ -5,7 +5,8 @@ buffer to buffer; returns of the two-task families are the mean of both directio
 embeddings are of contexts that training never saw.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from .commands import flatten
 from .datasets import Collection, Selection
 from .envs import FAMILIES, get_family
+from .errors import UsageError
 from .evaluation import figures, seed_interval
 from .evaluation.embeddings import embed_tasks, spread
 from .evaluation.run_figures import draw_data, logged
@@ -89,10 +91,26 @@ class Item:
     families: tuple[str, ...] = ()  # collections needed beside those of the trainings
     seeds: Mapping[str, int] | int = 3  # at laptop and paper, by family or for all
 
+    only: tuple[str, ...] = ()  # the families it was restricted to
+
     @property
     def stem(self) -> str:
         """The name of its files, without suffix."""
-        return self.name.replace(" ", "_").replace("-", "_")
+        words = [self.name, *(get_family(family).alias for family in self.only)]
+        return "_".join(words).replace(" ", "_").replace("-", "_")
+
+    def restricted(self, families: Sequence[str]) -> "Item":
+        """Return the part of the item that is about `families`. Raises `UsageError` for a family it does not show."""
+        shown = dict.fromkeys([*self.families, *(training.family for training in self.trainings)])
+        if unknown := [family for family in families if family not in shown]:
+            about = ", ".join(get_family(family).alias for family in shown) or "no family in particular"
+            raise UsageError(f"{self.name} is about {about}, found --env {get_family(unknown[0]).alias}")
+        return dataclasses.replace(
+            self,
+            trainings=tuple(training for training in self.trainings if training.family in families),
+            families=tuple(family for family in self.families if family in families),
+            only=tuple(family for family in shown if family in families),
+        )
 
     def seeds_of(self, training: Training, scale: str) -> int:
         """How many seeds a run has: 2 at smoke."""
@@ -207,8 +225,7 @@ def draw_values(item: Item, material: Material) -> list[Path]:
 
 def draw_trajectories(item: Item, material: Material) -> list[Path]:
     """Draw point-robot episodes by quality."""
-    collection = material.collections[POINT]
-    return draw_data(item.file(material), collection, tuple(entry.index for entry in collection.test_tasks()))
+    return draw_data(item.file(material), material.collections[POINT])
 
 
 def draw_context_sizes(item: Item, material: Material) -> list[Path]:

@@ -1,7 +1,7 @@
 """`focal-cli report`: what a run's folder holds, and some episodes played for it, as one HTML page."""
 
 import json
-import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from .trainer.runs import Run, load_agent, seed_folder
 CURVE_POINTS = 200  # of a training curve; more cannot be seen
 CANVAS = 260
 INTERVALS = "Intervals are 95% over training seeds; one seed is one trained network, and a single seed has none."
-
-
 MEASURES = (
     "Accuracy: contexts whose embedding is nearest to the mean of their own task. ESR: pairs of tasks farther apart "
     "than two random points are on average; RMS: their typical distance (paper, Table 1)."
@@ -64,7 +62,7 @@ def run_page(run_dir: Path, stores: Path, output: Path, prefix: str, rollouts: b
     page = Page(run_dir.name, subtitle, prefix=prefix)
     collection = tasks.collection
     add_results(page, run_dir, run, document, tests)
-    add_embeddings(page, document)
+    add_embeddings(page, run_dir, document)
     add_training(page, run_dir, run)
     if rollouts:
         add_rollouts(page, run_dir, run, tasks, document)
@@ -107,7 +105,6 @@ def add_results(
     page: Page, run_dir: Path, run: Run, document: Mapping[str, Any], tests: Sequence[Mapping[str, Any]]
 ) -> None:
     """The table of conditions, scores task by task, and every other meta-test of the run."""
-    first = next(iter(document["seeds"].values()))
     conditions = (
         f"{document['episodes']} episodes a task, a fresh {run.source.quality} context of {document['context_size']} "
         f"transitions for each. {INTERVALS}"
@@ -115,7 +112,7 @@ def add_results(
     page.add("Results", heading3("Return beside the controls", conditions), table(condition_rows(document)))
     page.add("Results", command(test_command(run_dir, document)))
     page.add("Results", heading3("Do embeddings tell the tasks apart?", MEASURES), table(embedding_rows(document)))
-    names, scores = [f"task {index}" for index in first["tasks"]], task_scores(document)
+    names, scores = task_scores(document)
     if scores:
         page.add(
             "Results",
@@ -125,10 +122,12 @@ def add_results(
                 "0 is the untrained behaviour policy, 1 the behaviour expert of the same task.",
             ),
         )
-        page.add("Results", page.plot(plots.profile(scores), "Performance profile"))  # fmt: skip
+        page.add("Results", page.plot(plots.profile(scores), "Performance profile"))
     for sweep in (test for test in tests if test["format"] == SWEEP_FORMAT):
         heading = f"How many transitions are enough ({sweep['quality']} context)"
-        page.add("Results", page.plot(plots.sweep(sweep), heading), command(test_command(run_dir, sweep)))
+        page.add(
+            "Results", page.plot(plots.sweep(sweep, _return_of(run)), heading), command(test_command(run_dir, sweep))
+        )
     others = [test for test in tests if test["format"] == TEST_FORMAT]
     if len(others) > 1:
         page.add("Results", heading3("All meta-tests of this run"), table([test_row(run_dir, test) for test in others]))
@@ -137,7 +136,7 @@ def add_results(
 def condition_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Mean return, share of the optimum, normalised score and its interquartile mean by condition."""
     headings = {"mean": "return", "share_of_optimum": "share of optimum", "score": "normalised score",
-                "interquartile_score": "interquartile mean"}  # fmt: skip
+                "interquartile_score": "its interquartile mean"}  # fmt: skip
     summary = {name: document["summary"][name] for name in CONDITIONS if name in document["summary"]}
     shown = [measure for measure in headings if any(row[measure] for row in summary.values())]
     return [
@@ -157,16 +156,20 @@ def embedding_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def task_scores(document: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Normalised scores (S, K) of the interesting conditions; empty where no expert deserves the name."""
+def task_scores(document: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Names of the tasks (K) whose expert deserves the name, and normalised scores (S, K) of three conditions on them.
+
+    Both are empty where no expert does.
+    """
+    seeds = list(document["seeds"].values())
+    counted = np.array(seeds[0]["expert_passed"], bool)
     scores = {}
     for condition in (CONDITIONS[0], CONDITIONS[1], CONDITIONS[-1]):
-        rows = [seed["conditions"].get(condition, {}).get("task_scores") for seed in document["seeds"].values()]
-        if all(rows):
-            values = np.array([[math.nan if score is None else score for score in row] for row in rows])
-            if not np.isnan(values).all():
-                scores[condition] = values[:, ~np.isnan(values).all(axis=0)] if np.isnan(values).any() else values
-    return scores
+        rows = [seed["conditions"].get(condition, {}).get("task_scores") for seed in seeds]
+        if all(rows) and counted.any():
+            scores[condition] = np.array(rows, np.float64)[:, counted]  # None, for a task that is not counted: NaN
+    names = [f"task {index}" for index, passed in zip(seeds[0]["tasks"], counted, strict=True) if passed]
+    return (names if scores else []), scores
 
 
 def test_row(run_dir: Path, test: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,7 +186,7 @@ def test_row(run_dir: Path, test: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def add_embeddings(page: Page, document: Mapping[str, Any]) -> None:
+def add_embeddings(page: Page, run_dir: Path, document: Mapping[str, Any]) -> None:
     """The first seed's embeddings, in the plane and to be turned in space."""
     seed, first = next(iter(document["seeds"].items()))
     embeddings = np.array(first["embeddings"])  # (K, E, L)
@@ -197,6 +200,7 @@ def add_embeddings(page: Page, document: Mapping[str, Any]) -> None:
         "Embeddings",
         page.plot(plots.embeddings_flat(points, task_of, names), "In the plane", note),
         page.plot(plots.embeddings_in_space(points, task_of, names), "In space", "Principal directions; drag to turn."),
+        command(test_command(run_dir, document)),
     )
 
 
@@ -210,8 +214,7 @@ def add_training(page: Page, run_dir: Path, run: Run) -> None:
         note = (
             "Two episodes a task at each point, on other episode seeds than the results. Command: see the Commands tab."
         )
-        ylabel = "sparse return" if get_family(run.family).sparse else "return"
-        page.add("Training", page.plot(plots.curves(curves, ylabel), "Return on the test tasks", note))
+        page.add("Training", page.plot(plots.curves(curves, _return_of(run)), "Return on the test tasks", note))
     rows: Any = read_rows(seed_folder(run_dir, seeds[0]) / "metrics.jsonl")
     keys = sorted({key for row in rows for key in row if "/" in key and not key.startswith(WALL_CLOCK)})
     curves = {key: {seed: _thin(c) for seed, c in logged(run_dir, seeds, "metrics", key).items()} for key in keys}
@@ -224,9 +227,11 @@ def add_rollouts(page: Page, run_dir: Path, run: Run, tasks: TestTasks, document
     seed = run.source.seeds[0]
     played = play_some(load_agent(run_dir, seed), tasks, document["context_size"], document["test_seed"])
     returns = played.right.returns if played.right.sparse_returns is None else played.right.sparse_returns
-    captions = [f"task {index}: return {value:.2f}" for index, value in zip(played.tasks, returns, strict=True)]
+    captions = [
+        f"task {index}: {_return_of(run)} {value:.2f}" for index, value in zip(played.tasks, returns, strict=True)
+    ]
     note = f"Seed {seed}, deterministic, one episode a task, with a context of {document['context_size']} transitions."
-    if is_point(tasks):
+    if is_point(tasks.family):
         colours = "Blue: right context. Orange: the context of the task half-way round. Red circle: goal region."
         recorded = point_paths(tasks, played) | {"milliseconds": 150}
         page.add(
@@ -262,6 +267,7 @@ def add_data(page: Page, collection: Collection) -> None:
         or "nothing",
     }
     page.add("Data", heading3("Provenance"), table(_pairs(facts)), table(_pairs(flatten(collection.provenance))))
+    page.add("Data", command(f"focal-cli data show {shlex.quote(str(collection.source))}"))
     page.add("Data", heading3("Episodes by quality"), table(quality_rows(collection)))
     tables = [entry.store.read_table() for entry in collection.tasks]
     steps, means = [], []
@@ -305,7 +311,16 @@ def add_commands(
     page.add("Commands", heading3("2. Training"), command(train_command(run_dir, run, collection)))
     lines = dict.fromkeys([test_command(run_dir, document), *(test_command(run_dir, test) for test in tests)])
     page.add("Commands", heading3("3. Meta-tests"), *map(command, lines))
-    page.add("Commands", heading3("4. This page"), command(f"focal-cli report {run_dir} -o {output}"))
+    page.add(
+        "Commands",
+        heading3("4. This page"),
+        command(shlex.join(["focal-cli", "report", str(run_dir), "-o", str(output)])),
+    )
+
+
+def _return_of(run: Run) -> str:
+    """What the family's results are called on an axis."""
+    return "sparse return" if get_family(run.family).sparse else "return"
 
 
 def _interval(saved: Mapping[str, Any] | None) -> Interval | None:

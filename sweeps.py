@@ -11,7 +11,7 @@ from .errors import FocalError, UsageError
 from .evaluation import Interval, OfflineTransitions, TestTasks, seed_interval
 from .evaluation.embeddings import nearest_centroid_accuracy
 from .evaluation.figures import context_size_curve
-from .evaluation.metatest import TaskReturns, episode_seeds, play_agent, task_centroids, task_returns
+from .evaluation.metatest import TaskReturns, episode_seeds, play_agent, reference_returns, task_centroids, task_returns
 from .experiment import RunTest, test_run, testable
 from .files import write_json
 from .provenance import provenance
@@ -55,6 +55,11 @@ class Sweep:
         points = [by_size[size] for by_size in self.points.values()]
         values = [point.accuracy if measure == "accuracy" else point.returns.reported.mean() for point in points]
         return seed_interval([float(value) for value in values])
+
+    @property
+    def expert_return(self) -> float:
+        """Mean deterministic return of the tasks' behaviour experts, in the reported reward; NaN: not known."""
+        return float(reference_returns(self.tasks)[1].mean())
 
     def draw(self) -> list[Path]:
         """Draw return and task accuracy against the context size into RUN/figures; return the files."""

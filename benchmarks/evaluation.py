@@ -8,7 +8,8 @@
                     context (evaluation/metatest.py)
     step by step    what the released code does: one Gymnasium environment, one task and one step at a time
 
-The three take turns, `--repeats` times; the rates are the best of each, in environment steps per second.
+The three take turns, `--repeats` times; the rates are the best of each, in environment steps per second of wall time
+and, since other programs on the machine change that, of CPU time of all threads.
 """
 
 import argparse
@@ -117,17 +118,20 @@ def measure(tasks: int, episodes: int, repeats: int, scale: str) -> dict[str, An
         "meta-test": lambda: meta_test(agent, chosen, episodes),
         "step by step": lambda: step_by_step(agent, chosen, episodes),
     }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    clocks = {"steps per second": time.perf_counter, "steps per CPU second": time.process_time}
+    rates: dict[str, dict[str, list[float]]] = {unit: {name: [] for name in ways} for unit in clocks}
     for _ in range(repeats):
         for name, way in ways.items():
-            start = time.perf_counter()
+            starts = {unit: clock() for unit, clock in clocks.items()}
             steps = way()
-            rates[name].append(steps / (time.perf_counter() - start))
-    best = {name: max(values) for name, values in rates.items()}
+            for unit, clock in clocks.items():
+                rates[unit][name].append(steps / (clock() - starts[unit]))
+    best = {unit: {name: max(values) for name, values in found.items()} for unit, found in rates.items()}
     return {
-        "steps per second": best,
-        "meta-test / bare physics": best["meta-test"] / best["bare physics"],
-        "meta-test / step by step": best["meta-test"] / best["step by step"],
+        unit: found
+        | {f"meta-test / {other}": found["meta-test"] / found[other] for other in ("bare physics", "step by step")}
+        for unit, found in best.items()
+    } | {
         "all rates": rates,
         "networks": f"{scale}: encoder {settings.encoder_hidden}, policy {settings.control_hidden}",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.1f}",
@@ -147,10 +151,10 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result, indent=2))
         return
-    for name, rate in result["steps per second"].items():
-        print(f"{name:26} {rate:10,.0f} steps/s")
-    for name in ("meta-test / bare physics", "meta-test / step by step"):
-        print(f"{name:26} {result[name]:10.2f}")
+    units = [unit for unit in result if unit.startswith("steps per")]
+    print(" " * 26 + "".join(f"{unit:>22}" for unit in units))
+    for name in result[units[0]]:
+        print(f"{name:26}" + "".join(f"{result[unit][name]:22,.{2 * ('/' in name)}f}" for unit in units))
     print(f"{result['networks']}; {result['machine']}")
 
 

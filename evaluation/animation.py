@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..envs import Rollouts, make_batch
+from ..envs import Rollouts, TaskFamily, make_batch
 from ..envs.batch import env_class
 from ..envs.point_robot import GOAL_RADIUS, PointRobotEnv
 from ..trainer.agent import Agent
@@ -38,7 +38,7 @@ class Played:
 def play_some(agent: Agent, tasks: TestTasks, context_size: int, seed: int) -> Played:
     """Play one episode in up to `MOST_TASKS` test tasks, evenly chosen along their order."""
     family, count = tasks.family, len(tasks.entries)
-    most = MOST_TASKS["point" if is_point(tasks) else "mujoco"]
+    most = MOST_TASKS["point" if is_point(family) else "mujoco"]
     chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
     every = make_batch(family, [entry.record.params for entry in tasks.entries], threads=1)
     contexts = OfflineTransitions(context_size).gather(agent, tasks, every, seed)
@@ -52,9 +52,9 @@ def play_some(agent: Agent, tasks: TestTasks, context_size: int, seed: int) -> P
     return Played(tuple(tasks.entries[k].index for k in chosen), tuple(parameters), tuple(seeds), right, wrong)
 
 
-def is_point(tasks: TestTasks) -> bool:
-    """Whether the robot is a point, which needs no renderer."""
-    return issubclass(env_class(tasks.family), PointRobotEnv)
+def is_point(family: TaskFamily) -> bool:
+    """Whether the robot is a point in the plane, which needs no renderer."""
+    return issubclass(env_class(family), PointRobotEnv)
 
 
 def point_paths(tasks: TestTasks, played: Played) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Lines have Okabe and Ito's colours and a marker of their own; tasks, which are o
 rises evenly. A curve is `curves[name][seed][step]`; its band is the 95% interval over seeds.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .statistics import Interval, seed_interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GOAL_COLOUR = "#D55E00"
+QUALITY_COLOURS = {"random": COLOURS[6], "medium": COLOURS[4], "expert": COLOURS[2], "mixed": "#d0d4da"}
 STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "figure.dpi": 130,
          "axes.grid": True, "grid.alpha": 0.25, "svg.hashsalt": "focal"}  # fmt: skip
 
@@ -45,7 +46,11 @@ def return_curves(
             axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
             if log_x:
                 axis.set_xscale("log")
-        axes[0].legend(frameon=False, fontsize=8)
+        # a panel may lack a method that others have, so the legend is that of all
+        handles = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(
+            handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8
+        )
         return save(figure, path)
 
 
@@ -154,7 +159,12 @@ def context_size_curve(path: Path, sweeps: Mapping[str, Any], ylabels: Mapping[s
                 intervals = [sweep.over_seeds(measure, size) for size in sweep.sizes]
                 axis.plot(sweep.sizes, [i.mean for i in intervals], marker="o", ms=4, color=colour)
                 _draw_band(axis, sweep.sizes, intervals, colour)
-                axis.set(xscale="log", xlabel="context transitions", title=title)
+                axis.set(xscale="log", xlabel="context transitions", title=f"{title}, {sweep.tasks.quality} data")
+                axis.xaxis.set_major_formatter("{x:,.0f}")
+            if np.isfinite(sweep.expert_return):
+                left.axhline(sweep.expert_return, color="0.4", lw=1, ls="--")
+                left.text(0.02, sweep.expert_return, "behaviour experts", ha="left", va="top",
+                          transform=left.get_yaxis_transform())  # fmt: skip
             chance = 1 / len(sweep.tasks.entries)
             right.axhline(chance, color="0.4", lw=1, ls="--")
             right.text(0.99, chance + 0.01, f"chance {chance:.2f}", ha="right", va="bottom",
@@ -165,22 +175,28 @@ def context_size_curve(path: Path, sweeps: Mapping[str, Any], ylabels: Mapping[s
 
 
 def trajectories_by_quality(path: Path, panels: Mapping[str, Sequence[dict[str, Any]]], title: str) -> list[Path]:
-    """Draw point-robot episodes, one panel per quality; each entry holds `positions` (H + 1, 2) and `goal` (2,).
+    """Draw point-robot episodes, one panel per quality, a colour per task (FOCAL figure 8).
 
-    The circle is the goal region, where the sparse reward is not zero (FOCAL figure 8).
+    Each entry holds `positions` (H + 1, 2), `goal` (2,) and the `task` it is of. The circle round a goal has the radius
+    within which a sparse reward is not zero.
     """
     with plt.rc_context(STYLE):
-        figure, axes = _grid(len(panels), len(panels), (3.3, 3.2), sharex=True, sharey=True)
-        goals = sorted({tuple(episode["goal"]) for episodes in panels.values() for episode in episodes})
+        figure, axes = _grid(len(panels), len(panels), (3.3, 3.5), sharex=True, sharey=True)
+        figure.set_layout_engine("compressed")  # panels of equal scale leave gaps otherwise
+        goals = {episode["task"]: tuple(episode["goal"]) for episodes in panels.values() for episode in episodes}
+        colours = dict(zip(goals, itertools.cycle(COLOURS), strict=False))
+        shared = len(set(goals.values())) == 1
         for axis, (quality, episodes) in zip(axes, panels.items(), strict=True):
             for episode in episodes:
-                colour = COLOURS[goals.index(tuple(episode["goal"])) % len(COLOURS)]
-                axis.plot(*episode["positions"].T, color=colour, lw=0.9, alpha=0.7)
-            for goal in goals:
-                axis.add_patch(plt.Circle(goal, GOAL_RADIUS, color="#B00020", fill=False, lw=1.2))
-            axis.plot(0, 0, "k+", ms=8)
+                axis.plot(*episode["positions"].T, color=colours[episode["task"]], lw=0.9, alpha=0.7)
+            for task, goal in goals.items():
+                edge = "0.4" if shared else colours[task]
+                axis.add_patch(plt.Circle(goal, GOAL_RADIUS, color=edge, fill=False, lw=1.6, zorder=3))
+            axis.plot(0, 0, "k+", ms=8, zorder=4)
             axis.set(title=quality if episodes else f"{quality} (no episodes)", xlabel="x (m)", aspect="equal")
         axes[0].set_ylabel("y (m)")
+        lines = [plt.Line2D([], [], color=colours[task], lw=1.5, label=task) for task in goals]
+        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=8)
         figure.suptitle(title)
         return save(figure, path)
 
@@ -190,8 +206,9 @@ def returns_by_quality(path: Path, returns: Mapping[str, np.ndarray], title: str
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
         filled = {quality: values for quality, values in returns.items() if len(values)}
-        for colour, (quality, values) in zip(COLOURS, filled.items(), strict=False):
-            axes.hist(values, bins=40, histtype="step", lw=1.6, color=colour, label=f"{quality} ({len(values)})")
+        for quality, values in filled.items():
+            colour, label = QUALITY_COLOURS[quality], f"{quality} ({len(values):,})"
+            axes.hist(values, bins=40, histtype="step", lw=1.6, color=colour, label=label)
         axes.set(xlabel="episode return", ylabel="episodes", title=title)
         axes.legend(frameon=False)
         return save(figure, path)
@@ -200,7 +217,6 @@ def returns_by_quality(path: Path, returns: Mapping[str, np.ndarray], title: str
 def behaviour_data(path: Path, collection: Collection) -> None:
     """Draw a collection's behaviour data from its episode tables: returns along training, and their distribution."""
     tables = [entry.store.read_table() for entry in collection.tasks]
-    colours = dict(zip(("random", "medium", "expert"), (COLOURS[6], COLOURS[4], COLOURS[2]), strict=True))
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"picture {path}, expected a name that ends in .png, .svg or .pdf")
     with plt.rc_context(STYLE):
@@ -212,11 +228,12 @@ def behaviour_data(path: Path, collection: Collection) -> None:
         left.set(xlabel="SAC steps of the behaviour policy", ylabel="mean return", title="each line is a task")
         every = np.concatenate([table["returns"] for table in tables])
         bins = np.linspace(every.min(), every.max() + 1e-9, 41)
-        right.hist(every, bins, color="0.85", label=f"mixed ({len(every):,})")
-        for quality, colour in colours.items():
+        right.hist(every, bins, color=QUALITY_COLOURS["mixed"], label=f"mixed ({len(every):,})")
+        for quality in ("random", "medium", "expert"):
             returns = np.concatenate([table["returns"][Selection(quality).mask(table)] for table in tables])
             if len(returns):
-                right.hist(returns, bins, color=colour, histtype="step", lw=1.6, label=f"{quality} ({len(returns):,})")
+                right.hist(returns, bins, color=QUALITY_COLOURS[quality], histtype="step", lw=1.6,
+                           label=f"{quality} ({len(returns):,})")  # fmt: skip
         right.set(xlabel="return of an episode", ylabel="episodes", title="by quality")
         right.legend(frameon=False)
         figure.suptitle(f"{collection.name} {collection.version}, {len(tables)} tasks")

@@ -125,7 +125,7 @@ class MetaTestResult:
     untrained_reference: np.ndarray  # (K,) deterministic untrained behaviour policy, reported reward; NaN: not known
     expert_reference: np.ndarray  # (K,) deterministic behaviour expert, reported reward; NaN: not known
     optimum: np.ndarray | None  # (K,) where a closed-form optimum exists
-    counted: np.ndarray  # (K,) bool: references are known and the task's behaviour expert passed its absolute test
+    counted: np.ndarray  # (K,) bool: the task's behaviour expert passed its absolute test and beats the untrained one
     embeddings: np.ndarray = field(repr=False)  # (K, E, L) of the right contexts
     centroids: np.ndarray = field(repr=False)  # (K, L) mean embedding of each task's logged contexts
     context_returns: TaskReturns | None = None  # (K, E, R) of episodes that were rolled out for a context
@@ -240,7 +240,7 @@ def meta_test(
     if all(tasks.collection.source.exists(f"{_expert_policy(entry)}.json") for entry in tasks.entries):
         conditions[EXPERT] = played(play_experts(envs, tasks, episodes, seeds))
     envs.close()
-    untrained_reference, expert_reference = _references(tasks)
+    untrained_reference, expert_reference = reference_returns(tasks)
     reached = np.array([entry.record.references.reached_expert for entry in tasks.entries])
     return MetaTestResult(
         family=tasks.family.name,
@@ -255,7 +255,9 @@ def meta_test(
         untrained_reference=untrained_reference,
         expert_reference=expert_reference,
         optimum=_optimum(tasks),
-        counted=reached & np.isfinite(untrained_reference) & np.isfinite(expert_reference),
+        counted=reached
+        & np.isfinite(expert_reference - untrained_reference)
+        & (expert_reference > untrained_reference),
         embeddings=contexts.embeddings.reshape(count, episodes, -1),
         centroids=task_centroids(agent, tasks, seed),
         context_returns=contexts.returns,
@@ -355,7 +357,7 @@ def task_returns(rollouts: Rollouts, count: int, episodes: int) -> TaskReturns:
     )
 
 
-def _references(tasks: TestTasks) -> tuple[np.ndarray, np.ndarray]:
+def reference_returns(tasks: TestTasks) -> tuple[np.ndarray, np.ndarray]:
     """Deterministic reference returns (K,) of untrained and best behaviour policy, in the reported reward.
 
     NaN for an imported task that has none.

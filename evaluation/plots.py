@@ -1,12 +1,13 @@
 """The report's interactive plots, as the plain JSON values that plotly.js draws: {"data": [...], "layout": {...}}."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
-from .figures import COLOURS, Curves, in_the_plane
-from .statistics import performance_profile, seed_interval
+from .figures import COLOURS, QUALITY_COLOURS, Curves, in_the_plane
+from .statistics import Interval, performance_profile, seed_interval
 
 Plot = dict[str, Any]
 
@@ -78,11 +79,7 @@ def task_scores(scores: Mapping[str, np.ndarray], names: Sequence[str], ylabel: 
         intervals = [seed_interval(values[:, k]) for k in range(values.shape[1])]
         entry = {"x": list(names), "y": [i.mean for i in intervals], "name": condition, "mode": "markers",
                  "marker": {"color": COLOURS[number % len(COLOURS)], "size": 8}}  # fmt: skip
-        highs = [i.high for i in intervals if i.high is not None]
-        if len(highs) == len(intervals):
-            above = [high - i.mean for high, i in zip(highs, intervals, strict=True)]
-            entry["error_y"] = {"type": "data", "array": above, "thickness": 1}
-        data.append(entry)
+        data.append(entry | _error_bars([asdict(interval) for interval in intervals]))
     return plot(data, "test task, in the family's order", ylabel)
 
 
@@ -92,24 +89,25 @@ def profile(scores: Mapping[str, np.ndarray]) -> Plot:
     data: list[dict[str, Any]] = []
     for number, (condition, values) in enumerate(scores.items()):
         shares = performance_profile(values, thresholds)
-        data += band(thresholds.tolist(), [seed_interval(column) for column in shares.T], condition, COLOURS[number])
+        intervals = [_within(seed_interval(column), 0.0, 1.0) for column in shares.T]
+        data += band(thresholds.tolist(), intervals, condition, COLOURS[number])
     return plot(data, "normalised score", "share of tasks above it")
 
 
-def sweep(document: Mapping[str, Any]) -> Plot:
+def sweep(document: Mapping[str, Any], ylabel: str) -> Plot:
     """Return and task accuracy by context size, from a saved sweep; the accuracy on the right-hand axis."""
     data: list[dict[str, Any]] = []
     for number, measure in enumerate(("return", "accuracy")):
         rows = [document["summary"][measure][str(size)] for size in document["sizes"]]
         entry = {"x": document["sizes"], "y": [row["mean"] for row in rows], "name": measure, "mode": "lines+markers",
                  "line": {"color": COLOURS[2 * number]}, "yaxis": "y2" if number else "y"}  # fmt: skip
-        if rows[0]["high"] is not None:
-            entry["error_y"] = {"type": "data", "array": [row["high"] - row["mean"] for row in rows], "thickness": 1}
-        data.append(entry)
-    result = plot(data, "context transitions", "return")
-    result["layout"]["xaxis"]["type"] = "log"
-    result["layout"]["yaxis2"] = {"title": {"text": "task accuracy"}, "overlaying": "y", "side": "right",
-                                  "range": [0, 1.05], "showgrid": False}  # fmt: skip
+        data.append(entry | _error_bars(rows))
+    result = plot(data, "context transitions", ylabel)
+    result["layout"]["xaxis"] |= {"type": "log", "tickvals": document["sizes"]}
+    result["layout"]["yaxis"]["rangemode"] = "tozero"
+    right = {"title": {"text": "task accuracy"}, "overlaying": "y", "side": "right", "showgrid": False}
+    result["layout"]["yaxis2"] = right | {"range": [0, 1.05], "tickmode": "linear", "dtick": 0.2}
+    result["layout"]["margin"]["t"] = 40  # the buttons would stand on the right axis
     return result
 
 
@@ -128,11 +126,10 @@ def histograms(returns: Mapping[str, np.ndarray]) -> Plot:
     every = np.concatenate(list(returns.values()))
     edges = np.linspace(every.min(), every.max() + 1e-9, 61)
     data = []
-    for number, (quality, values) in enumerate(returns.items()):
-        colour = "#c3c9d1" if quality == "mixed" else COLOURS[number % len(COLOURS)]
+    for quality, values in returns.items():
         counts = np.histogram(values, edges)[0].tolist()
-        data.append({"type": "bar", "x": ((edges[1:] + edges[:-1]) / 2).tolist(), "y": counts, "opacity": 0.65,
-                     "name": f"{quality} ({len(values):,})", "marker": {"color": colour}})  # fmt: skip
+        look = {"name": f"{quality} ({len(values):,})", "marker": {"color": QUALITY_COLOURS[quality]}, "opacity": 0.65}
+        data.append({"type": "bar", "x": ((edges[1:] + edges[:-1]) / 2).tolist(), "y": counts, **look})
     result = plot(data, "return of an episode", "episodes")
     result["layout"] |= {"barmode": "overlay", "bargap": 0}
     return result
@@ -146,9 +143,25 @@ def plot(data: list[dict[str, Any]], xlabel: str, ylabel: str, **layout: Any) ->
     return {"data": data, "layout": axes | look | layout}
 
 
+def _within(interval: Interval, lowest: float, highest: float) -> Interval:
+    """The interval of a share: Student's t knows nothing of its bounds."""
+    if interval.low is None or interval.high is None:
+        return interval
+    return replace(interval, low=max(interval.low, lowest), high=min(interval.high, highest))
+
+
 def _seed_points(seed: int, steps: Sequence[int], curve: Mapping[int, float], colour: str) -> dict[str, Any]:
     return {"x": list(steps), "y": [curve[step] for step in steps], "name": f"seed {seed}", "mode": "markers",
             "marker": {"color": colour, "size": 3}, "showlegend": False}  # fmt: skip
+
+
+def _error_bars(intervals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """From each mean to both ends of its interval; none where a single seed has none."""
+    if any(one["low"] is None for one in intervals):
+        return {}
+    ends = {name: [abs(one[end] - one["mean"]) for one in intervals]
+            for name, end in (("array", "high"), ("arrayminus", "low"))}  # fmt: skip
+    return {"error_y": {"type": "data", "symmetric": False, **ends, "thickness": 1}}
 
 
 def _task_marker(task_of: np.ndarray, size: int) -> dict[str, Any]:

@@ -8,9 +8,11 @@ import numpy as np
 
 from ..datasets import QUALITIES, Collection, Quality
 from ..envs import get_family
+from ..envs.batch import env_class
 from ..trainer.journal import read_rows
 from ..trainer.runs import Run, seed_folder
 from . import figures
+from .animation import is_point
 from .metatest import MetaTestResult
 
 LEVELS = [quality for quality in QUALITIES if quality != "mixed"]
@@ -35,27 +37,31 @@ def draw_run(run_dir: Path, run: Run, collection: Collection, results: Mapping[i
     saved += figures.embeddings_by_task(
         folder / "embeddings.png", {f"{run.family}: embeddings, {where}": points}, names
     )
-    return saved + draw_data(folder / "data_by_quality.png", collection, result.task_indices)
+    return saved + draw_data(folder / "data_by_quality.png", collection)
 
 
-def draw_data(path: Path, collection: Collection, tasks: tuple[int, ...]) -> list[Path]:
-    """Draw some of `tasks`' episodes by quality: trajectories on the plane, or a histogram of returns."""
-    if collection.family != "sparse-point-robot":
+def draw_data(path: Path, collection: Collection) -> list[Path]:
+    """Draw episodes by quality: paths of some test tasks' point robots, or a histogram of all returns."""
+    family = get_family(collection.family)
+    if not is_point(family):
         loaded = [collection.load(entry.index) for entry in collection.tasks]
         returns = {
             level: np.concatenate([e.returns[e.qualities == Quality[level.upper()]] for e in loaded])
             for level in LEVELS
         }
-        return figures.returns_by_quality(path, returns, f"{collection.family}: episodes by quality")
+        return figures.returns_by_quality(path, returns, f"{family.name}: episodes by quality")
+    tests = collection.test_tasks()
+    ordered = family.ordered([entry.index for entry in tests], [entry.record.params for entry in tests])
     panels: dict[str, list[dict[str, Any]]] = {level: [] for level in LEVELS}
-    for index in tasks[:: -(-len(tasks) // TASKS_DRAWN)]:
-        episodes, goal = collection.load(index), collection.task(index).record.params["goal"]
+    for place in np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), TASKS_DRAWN)).round().astype(int)):
+        episodes, entry = collection.load(ordered[place]), collection.task(ordered[place])
+        shown = {"goal": env_class(family).goal_and_wind(entry.record.params)[0], "task": f"task {entry.index}"}
         starts = np.concatenate([[0], np.cumsum(episodes.lengths + 1)])
         for level in LEVELS:
             for e in np.flatnonzero(episodes.qualities == Quality[level.upper()])[:EPISODES_DRAWN]:
-                panels[level].append({"positions": episodes.observations[starts[e] : starts[e + 1]], "goal": goal})
+                panels[level].append(shown | {"positions": episodes.observations[starts[e] : starts[e + 1]]})
     return figures.trajectories_by_quality(
-        path, panels, f"{collection.family}: episodes by quality, goal region circled"
+        path, panels, f"{family.name}: episodes by quality, {'goal regions' if family.sparse else 'goal'} circled"
     )
 
 

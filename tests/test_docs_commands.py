@@ -114,6 +114,22 @@ def test_the_tutorial_runs_as_written(guide):
 
 
 @pytest.mark.slow
+def test_the_api_reference_builds_without_a_warning(tmp_path):
+    line = re.search(
+        r"^\tPDOC_ALLOW_EXEC=1 \$\(BIN\)/pdoc (.*) -o site$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )[1]
+    parts = re.fullmatch(r"focal \$\(foreach p,(.*),focal\.\$\(p\)\) '(!focal\.tests)'", line)
+    modules = ["focal", *(f"focal.{part}" for part in parts[1].split()), parts[2]]
+    done = subprocess.run(
+        [sys.executable, "-m", "pdoc", *modules, "-o", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PDOC_ALLOW_EXEC": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in parts[1].split():
+        assert (tmp_path / "focal" / f"{part}.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_the_examples_of_the_extension_guide_run(guide):
     guide.run(["focal-cli", "data", "generate", "--env", "point", "--scale", "smoke"])
     listed = ""

@@ -15,8 +15,9 @@ from focal.cli import main
 from focal.datagen import generate_settings
 from focal.datasets import open_collection
 from focal.envs import get_family, make_batch, rollout
-from focal.evaluation import Interval, animation
+from focal.evaluation import Interval, animation, plots
 from focal.evaluation.report import Page, render_page, table
+from focal.reporting import task_scores
 from focal.trainer.methods import METHODS, train_settings
 
 from .chromium import chromium_tab, find_chromium
@@ -110,6 +111,27 @@ def test_its_commands_say_exactly_what_was_done(point_run):
     pairs = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     rebuilt = settings.override(base, settings.parse_assignments(pairs))
     assert settings.to_dict(rebuilt) == tasks.collection.settings
+
+
+def test_scores_keep_their_tasks_names_where_an_expert_failed():
+    seed = {"tasks": [4, 7, 9], "expert_passed": [True, False, True],
+            "conditions": {"right context": {"task_scores": [0.5, None, 0.9]}}}  # fmt: skip
+    names, scores = task_scores({"seeds": {"0": seed, "1": seed}})
+    assert names == ["task 4", "task 9"]
+    assert scores["right context"].tolist() == [[0.5, 0.9]] * 2
+    drawn = plots.task_scores(scores, names, "score")["data"][0]
+    assert (drawn["x"], drawn["y"]) == (["task 4", "task 9"], [0.5, 0.9])
+    failed = seed | {"expert_passed": [False] * 3}
+    assert task_scores({"seeds": {"0": failed}}) == ([], {})
+
+
+def test_error_bars_reach_both_ends_of_an_interval_that_is_not_symmetric():
+    row = {"mean": 2.0, "low": 1.5, "high": 4.0}
+    document = {"sizes": [1], "summary": {"return": {"1": row}, "accuracy": {"1": row | {"low": None}}}}
+    first, second = plots.sweep(document, "sparse return")["data"]
+    assert (first["error_y"]["array"], first["error_y"]["arrayminus"]) == ([2.0], [0.5])
+    assert first["error_y"]["symmetric"] is False
+    assert "error_y" not in second
 
 
 @pytest.mark.parametrize("algo", list(METHODS))

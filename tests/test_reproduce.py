@@ -10,7 +10,7 @@ from PIL import Image
 
 from focal import FocalError, UsageError
 from focal.cli import main
-from focal.paper import ITEMS, POINT, VEL, Training
+from focal.paper import ITEMS, POINT, VEL, WIND, Training
 from focal.reproduce import METHODS, find_item, refuse_unknown
 
 
@@ -68,6 +68,17 @@ def test_runs_of_two_items_share_a_name_only_if_they_are_the_same_run():
     assert Training(POINT, "mixed", "").name("smoke") == "point-mixed-smoke"
 
 
+def test_a_part_of_an_item_is_about_the_families_asked_for():
+    part = find_item("figure", "3").restricted([WIND, POINT])
+    assert {training.family for training in part.trainings} == {POINT, WIND}
+    assert part.trainings == tuple(t for t in ITEMS["figure 3"].trainings if t.family in (POINT, WIND))
+    assert part.stem == "figure_3_point_wind", "beside the whole figure, not in its place"
+    assert find_item("table", "2").restricted([WIND]).families == (WIND,)
+    with pytest.raises(UsageError, match="figure 8 is about point, found --env wind"):
+        find_item("figure", "8").restricted([WIND])
+    assert "unknown task family 'foo'" in cli("reproduce", "figure", "8", "--env", "foo", code=2)
+
+
 def test_settings_tables_need_nothing(folders):
     rows = list(csv.DictReader(saved(cli("reproduce", "table", "4", *folders), folders)[0].read_text().splitlines()))
     named = {row["setting"]: row for row in rows}
@@ -89,8 +100,10 @@ def test_figure_8_generates_once_and_then_uses_what_is_there(folders):
     assert [file.suffix for file in files] == [".png", ".svg"]
     check(files)
     first = files[1].read_bytes()
-    printed = cli("reproduce", "figure", "8", *folders)
+    printed = cli("reproduce", "figure", "8", "--env", "point", *folders)
     assert "6 tasks of" not in printed
+    assert "figure_8_point.svg" in printed
+    printed = cli("reproduce", "figure", "8", *folders)
     assert files[1].read_bytes() == first, "the same data, the same picture"
 
 

@@ -1,0 +1,54 @@
+"""What a reader takes from a picture: names, colours and which episodes; read back from the SVG, where text is text."""
+
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from focal.evaluation import figures
+from focal.evaluation.run_figures import draw_data
+
+
+@pytest.fixture(autouse=True)
+def text_in_svg(monkeypatch):
+    monkeypatch.setitem(figures.STYLE, "svg.fonttype", "none")
+
+
+def texts(files):
+    svg = next(file for file in files if file.suffix == ".svg").read_text()
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_the_legend_names_a_method_that_the_first_panel_lacks(tmp_path):
+    curve = {0: {0: 1.0, 100: 2.0}, 1: {0: 1.0, 100: 4.0}}
+    panels = {"one": {"FOCAL": curve}, "two": {"FOCAL": curve, "Contextual BCQ": curve}}
+    shown = texts(figures.return_curves(tmp_path / "curves.png", panels, ["sparse return", "return"]))
+    assert shown.count("FOCAL (2 seeds)") == 1
+    assert shown.count("Contextual BCQ (2 seeds)") == 1
+    assert {"one", "two", "gradient steps", "sparse return", "return"} <= set(shown)
+
+
+def test_curves_are_means_with_the_interval_over_seeds(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update(axes=figure.axes) or plt.close(figure))
+    curve = {0: {0: 1.0, 100: 1.0}, 1: {0: 2.0, 100: 2.0}, 2: {0: 3.0, 100: 6.0, 200: 9.0}}
+    figures.return_curves(tmp_path / "x.png", {"one": {"FOCAL": curve}}, ["return"])
+    line, band = drawn["axes"][0].lines[0], drawn["axes"][0].collections[0]
+    assert line.get_xdata().tolist() == [0, 100], "a step that a seed lacks is left out"
+    assert line.get_ydata().tolist() == [2.0, 3.0]
+    corners = band.get_paths()[0].vertices
+    # standard error 1 / sqrt(3) at the first step, t(0.975, 2) = 4.303
+    assert corners[corners[:, 0] == 0, 1].max() == pytest.approx(2.0 + 4.302653 / np.sqrt(3), rel=1e-5)
+
+
+def test_episodes_by_quality_are_of_tasks_spread_over_the_goals(make_collection, tmp_path):
+    collection = make_collection(tmp_path / "point", tasks=12, test=9)
+    shown = texts(draw_data(tmp_path / "data.png", collection))
+    tasks = [text for text in shown if text.startswith("task ")]
+    assert tasks == ["task 3", "task 5", "task 7", "task 9", "task 11"], "the first, the last and some between"
+    assert {"random", "medium", "expert"} <= set(shown)
+
+
+def test_markers_and_colours_tell_as_many_lines_apart():
+    assert len(set(figures.COLOURS)) == len(set(figures.MARKERS)) == len(figures.COLOURS) == 7
