@@ -675,6 +675,23 @@ def report(runs_shown: Sequence[Path], output: Path, rollouts: bool, stores: Pat
     click.echo(f"saved {written} ({written.stat().st_size / 2**20:.1f} MiB); open it in a browser")
 
 
+@main.command("export-policy")
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--seed", type=click.IntRange(0), help="Which trained network. [default: the run's first]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: RUN/export/seed_SEED]")
+@runs_option
+def export_policy(run: Path | None, seed: int | None, output: Path | None, runs: Path) -> None:
+    """Write encoder and policy of RUN (default: the newest) as ONNX, checked in onnxruntime, and as safetensors."""
+    from .experiment import newest_run
+    from .trainer.exporting import export_policy
+    from .trainer.inference import load_policy
+
+    folder = run or newest_run(runs)
+    policy = load_policy(folder, seed)
+    for file in export_policy(policy, output or folder / "export" / f"seed_{policy.seed}"):
+        click.echo(f"saved {file}")
+
+
 @main.command()
 @click.argument("kind", required=False, type=click.Choice(["figure", "table"]))
 @click.argument("number", required=False)
