@@ -37,7 +37,7 @@ _POINT, _WIND, _VEL, *_ = FAMILIES
 # Shorter than the laptop settings, so that a row is at most 3 CPU minutes a seed on the point robots and 20 on
 # half-cheetah-vel. What is not here is as in `focal-cli train`.
 _SHORT_POINT = (
-    "encoder_steps=1000", "steps=3000", "context_size=128", "batch_size=64", "eval_every=1000",
+    "encoder_steps=1000", "steps=3500", "context_size=128", "batch_size=64", "eval_every=1000",
     "regularisation.discriminator_steps=1", "regularisation.discriminator_learning_rate=1e-3",
 )  # fmt: skip
 SHORT: dict[str, tuple[str, ...]] = {

@@ -66,7 +66,7 @@ def test_rows_of_the_point_robots_state_their_alpha_and_are_as_long_as_their_com
     assert settings["base"].regularisation.kind == "none"
     for name in ("value-penalty", "policy-regularisation", "coupled-value-penalty", "D2", "D3", "D4"):
         assert (settings[name].regularisation.kind != "none", settings[name].regularisation.alpha) == (True, ALPHA)
-    assert {each.total_steps for each in settings.values()} == {4000}
+    assert {each.total_steps for each in settings.values()} == {4500}
     assert (settings["base"].schedule, settings["joint"].schedule) == ("encoder-first", "joint")
     assert rows["coupled-value-penalty"].against == "joint-value-penalty"
 
