@@ -33,7 +33,7 @@ from .trainer.training import DIVERGED
 FORMAT = "focal-ablation/1"
 ALPHA = 10.0  # of the rows that regularise a family whose own settings do not: the point robots
 
-_POINT, _WIND, _VEL, *_ = FAMILIES
+_POINT, _WIND, _VEL, _DIR, _ANT, _ = FAMILIES
 # Shorter than the laptop settings, so that a row is at most 3 CPU minutes a seed on the point robots and 20 on
 # half-cheetah-vel. What is not here is as in `focal-cli train`.
 _SHORT_POINT = (
@@ -44,6 +44,9 @@ SHORT: dict[str, tuple[str, ...]] = {
     _POINT: _SHORT_POINT,
     _WIND: _SHORT_POINT,
     _VEL: ("steps=6000", "regularisation.discriminator_steps=1"),
+    # a run counts as diverged at some three times reward_scale 5 times 6 m/s / (1 - discount), more than can be earned
+    _DIR: ("value_limit=1e4",),
+    _ANT: ("value_limit=1e4",),
 }
 _KINDS = {"none": "unregularised", "value-penalty": "value-penalty", "policy": "policy-regularisation"}
 _RELEASED = {  # name, meaning, setting, and the kind of row that it shows in
