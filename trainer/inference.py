@@ -80,7 +80,7 @@ def load_policy(run: Path | str, seed: int | None = None, device: torch.device |
 
 
 def _by_name(transitions: Transitions, context_reward: str) -> Mapping[str, np.ndarray]:
-    rewards = transitions.rewards
+    rewards: np.ndarray | None = transitions.rewards
     if context_reward == "sparse":
         rewards = transitions.infos.get("sparse_reward")
     found = {
