@@ -6,6 +6,7 @@ DATA   ?= mixed
 SCALE  ?= laptop
 SEEDS  ?= 1
 RESULT ?= point
+ROW    ?= base
 STORES ?= stores
 RUNS   ?= runs
 
@@ -17,7 +18,7 @@ CLI    := $(BIN)/focal-cli
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart data train test-run lint type imports test test-slow reproduce docs clean
+.PHONY: help setup quickstart data train test-run lint type imports test test-slow reproduce ablation docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -77,6 +78,9 @@ else ifdef TABLE
 else
 	benchmarks/reproduce.sh $(RESULT) $(CLI) $(STORES) $(RUNS)
 endif
+
+ablation: $(READY) ## One ROW of docs/ablations.md (ROW=coupled, ROW=all) on the DATA of ENV, with the rows it is compared with
+	$(CLI) ablate --env $(ENV) --data $(DATA) --rows $(ROW) --seeds $(SEEDS) --stores $(STORES) --runs $(RUNS)
 
 # pdoc lets an import start no program unless told so; GLFW, which gymnasium imports, looks for its library that way
 docs: $(READY) ## The API reference from the docstrings, in site/

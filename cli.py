@@ -647,6 +647,69 @@ def compare(
         click.echo(f"saved {file}", err=as_json)
 
 
+@main.command()
+@click.option("--env", "env_name", help="Task family; may be left out where STORES holds one collection.")
+@click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
+@click.option("--data", "quality", type=click.Choice(QUALITIES), default="mixed", show_default=True)
+@click.option("--rows", metavar="A,B,...|all", help="Rows to train and test, with those they are compared with.")
+@click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="Seeds of each.")
+@click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
+@click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Test episodes per task.")
+@click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--table", type=click.Path(path_type=Path), help="Write all that was measured so far, as Markdown.")
+@stores_option
+@runs_option
+@set_option
+@json_option
+def ablate(
+    env_name: str | None, collection: Path | str | None, quality: str, rows: str | None, seeds: int, scale: str | None,
+    episodes: int, test_seed: int, workers: int | None, device: str, table: Path | None, stores: Path, runs: Path,
+    assignments: Sequence[str], as_json: bool,
+) -> None:  # fmt: skip
+    """Take FOCAL apart, a row per design choice: train what is missing, go on with what was stopped, test, compare.
+
+    Without --rows it lists the rows, or with --table only writes what is there.
+    """
+    import torch
+
+    from .ablation import AblateRequest, ablate, ablation_name, ablation_page, ablation_rows, read_all, table_rows
+    from .console import TrainBars
+    from .datasets import open_collection
+    from .experiment import TrainRequest, choose_collection
+    from .files import write_text
+
+    torch.set_num_threads(1)  # at these network sizes more threads only wait for each other
+    chosen = choose_collection(stores, env_name, collection)
+    opened = open_collection(chosen)
+    known = ablation_rows(opened.family, scale or opened.scale)
+    folder = runs / "ablations" / ablation_name(opened, quality, scale or opened.scale)
+    if rows is None and table is None:
+        listed = [{"row": r.name, "against": r.against, "what": r.what, "set": " ".join(r.changes)}
+                  for r in known.values()]  # fmt: skip
+        _print_rows(listed, as_json)
+        return
+    if rows is not None:
+        train = TrainRequest(
+            collection=chosen, quality=quality, scale=scale, seeds=tuple(range(seeds)),
+            assignments=tuple(assignments), runs=runs, workers=workers or 0, device=device,
+        )  # fmt: skip
+        names = tuple(word for word in rows.replace(" ", "").split(",") if word)
+        request = AblateRequest(train, names, stores, episodes, test_seed)
+        if as_json:
+            measured = ablate(request)
+        else:
+            with TrainBars() as bars:
+                measured = ablate(request, bars)
+        by_name = {found.row.name: found for found in measured}
+        document = [found.to_json() for found in measured]
+        _print_result(document, as_json, lambda: _print_rows(table_rows(by_name, known), False))
+    if table is not None:
+        write_text(table, ablation_page(folder.name, read_all(folder), known))
+        click.echo(f"saved {table}", err=as_json)
+
+
 def _print_result(document: Any, as_json: bool, show: Callable[[], None]) -> None:
     if as_json:
         click.echo(json.dumps(document, indent=2))
@@ -673,6 +736,23 @@ def report(runs_shown: Sequence[Path], output: Path, rollouts: bool, stores: Pat
     torch.set_num_threads(1)
     written = write_report(runs_shown or [newest_run(runs)], stores, output, rollouts)
     click.echo(f"saved {written} ({written.stat().st_size / 2**20:.1f} MiB); open it in a browser")
+
+
+@main.command("export-policy")
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--seed", type=click.IntRange(0), help="Which trained network. [default: the run's first]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="[default: RUN/export/seed_SEED]")
+@runs_option
+def export_policy(run: Path | None, seed: int | None, output: Path | None, runs: Path) -> None:
+    """Write encoder and policy of RUN (default: the newest) as ONNX, checked in onnxruntime, and as safetensors."""
+    from .experiment import newest_run
+    from .trainer.exporting import export_policy
+    from .trainer.inference import load_policy
+
+    folder = run or newest_run(runs)
+    policy = load_policy(folder, seed)
+    for file in export_policy(policy, output or folder / "export" / f"seed_{policy.seed}"):
+        click.echo(f"saved {file}")
 
 
 @main.command()

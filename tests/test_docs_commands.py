@@ -73,7 +73,7 @@ class Guide:
 
 def smaller(words: list[str]) -> list[str]:
     """The same command at smoke scale: fewer seeds, and mixed data, since smoke's agents never become experts."""
-    makes = next((word for word in words[1:] if word in ("generate", "train", "compare", "reproduce")), None)
+    makes = next((word for word in words[1:] if word in ("generate", "train", "compare", "ablate", "reproduce")), None)
     words = [word.replace("-laptop-", "-smoke-") for word in words]
     if makes is None or (makes == "reproduce" and len(words) < 4):
         return words

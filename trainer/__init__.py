@@ -4,7 +4,8 @@ Follow one training step of FOCAL through five files: `training.py` (steps, logs
 `focal.py` (the encoder's update and loss), `control.py` (the actor-critic's), `distance.py` and `divergence.py` (the
 mathematics); the networks themselves are in `networks.py` and `encoder.py`. The rivals: `batch_pearl.py` (with
 `control.py`), `contextual_bcq.py` (with `bcq.py`), `mbml.py` (with `bcq.py` and `mbml_teachers.py`). `loop.py` composes
-a run, `methods.py` lists the methods. Nothing is re-exported here: stage one imports `trainer.networks` and
+a run, `methods.py` lists the methods; `inference.py` and `exporting.py` hand a trained policy to its
+user. Nothing is re-exported here: stage one imports `trainer.networks` and
 `trainer.policies` alone, without paying for the rest.
 
 Where a design choice of the paper acts, by setting (settings.py lists them all, and what each family differs in):

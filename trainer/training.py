@@ -2,6 +2,7 @@
 
 import fcntl
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import FocalError
+from ..files import write_json
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .diagnostics import value_drift
 from .journal import Journal
 from .learner import Trainable
 from .replay import TaskReplay
 
+DIVERGED = "diverged.json"  # in the folder of a seed whose last training was stopped: metric, value, step, bound
 Progress = Callable[[int, int, Mapping[str, float]], None]  # (step, of steps, metrics; empty between log rows)
 
 
@@ -51,6 +54,7 @@ class Training:
         """Take the remaining steps. Raises `FocalError` when a metric is not finite or a value passes its bound."""
         if step >= self.total_steps:
             return
+        (self.folder / DIVERGED).unlink(missing_ok=True)
         journal = Journal(self.folder, step)
         try:
             while step < self.total_steps:
@@ -107,6 +111,9 @@ class Training:
                 remedy += "value_limit=NUMBER"
             else:
                 continue
+            # a value that is not finite is told by the message alone: JSON has no word for it
+            stop = {"metric": name, "value": value if math.isfinite(value) else None, "step": step}
+            write_json(self.folder / DIVERGED, {**stop, "bound": min(self.value_bound, sys.float_info.max)})
             kept = list_checkpoints(self.folder / "checkpoints")
             where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
             raise FocalError(f"{self.who}: {found}; {where}; train under another --name {remedy}")
