@@ -617,7 +617,8 @@ def compare(
 ) -> None:  # fmt: skip
     """Compare methods on the same data: train what is missing, go on with what was stopped, test all, print one table.
 
-    --set NAME=VALUE goes to every method that has the setting, --set ALGO:NAME=VALUE to one.
+    --set NAME=VALUE goes to every method that has the setting, --set ALGO:NAME=VALUE to one. At laptop scale all
+    methods have networks of 3 x 256, FOCAL too, whose own are smaller (--set focal:control_hidden=128,128 has those).
     """
     import torch
 
