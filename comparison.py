@@ -121,8 +121,9 @@ class Comparison:
         result = test.first
         where = "held-out context" if result.heldout_only else "unseen tasks"
         return (
-            f"{self.name}: {len(result.task_indices)} {where}, {self.protocol} protocol, {test.episodes} episodes a "
-            f"task; intervals: 95% over {len(test.results)} seed(s)"
+            f"{self.name}: {len(result.task_indices)} {where}, {self.protocol} protocol, contexts of "
+            f"{result.context_size} {result.context_unit}, {test.episodes} episodes a task; intervals: 95% over "
+            f"{len(test.results)} seed(s)"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -130,6 +131,8 @@ class Comparison:
         return {
             "name": self.name,
             "protocol": self.protocol,
+            "context_size": self.rows[0].test.first.context_size,
+            "context_unit": self.rows[0].test.first.context_unit,
             "methods": [row.to_json() for row in self.rows],
             "diverged": list(self.diverged),
             "provenance": provenance(),
@@ -149,7 +152,8 @@ def compare(request: CompareRequest, progress: TrainProgress | None = None) -> C
     planned = _plan(request, name, scale)
     failures = train_jobs(list(planned.values()), request.train.workers, progress)
     diverged = _diverged(failures, planned)
-    tests = {algo: _test(request, one.run_dir) for algo, one in planned.items() if algo not in diverged}
+    size = _context_size(request, planned)
+    tests = {algo: _test(request, one.run_dir, size) for algo, one in planned.items() if algo not in diverged}
     rows = tuple(
         dataclasses.replace(row, first_stage_seconds=_first_stage_seconds(planned[row.algo])) for row in rank(tests)
     )
@@ -185,9 +189,19 @@ def _diverged(failures: Mapping[Any, BaseException], planned: Mapping[str, Plann
     return found
 
 
-def _test(request: CompareRequest, run_dir: Path) -> RunTest:
+def _context_size(request: CompareRequest, planned: Mapping[str, PlannedRun]) -> int | None:
+    """Return the size of every method's test contexts: the largest that one of them trained with.
+
+    None, the protocol's own, where the methods gather their contexts in episodes.
+    """
+    if request.protocol not in ("offline", "shift"):
+        return None
+    return max(one.settings.context_size for one in planned.values())
+
+
+def _test(request: CompareRequest, run_dir: Path, size: int | None) -> RunTest:
     """Test a method; of a run that has more seeds than were asked for, those asked for count."""
-    test = test_run(run_dir, request.stores, None, None, request.episodes, request.test_seed, request.protocol)
+    test = test_run(run_dir, request.stores, None, size, request.episodes, request.test_seed, request.protocol)
     return dataclasses.replace(test, results={seed: test.results[seed] for seed in request.train.seeds})
 
 

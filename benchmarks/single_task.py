@@ -33,8 +33,8 @@ from focal.trainer.settings import TrainSettings
 WANTED = 0.85
 # One task is far less data than 80: a small context, which held-out episodes can fill, and a short training.
 SHARED: dict[str, Any] = {
-    "steps": 2000, "meta_batch": 1, "batch_size": 128, "context_size": 64, "encoder_hidden": (256,) * 3,
-    "checkpoint_every": 500, "eval_every": 2000,
+    "steps": 1500, "meta_batch": 1, "batch_size": 128, "context_size": 64, "encoder_hidden": (256,) * 3,
+    "checkpoint_every": 500, "eval_every": 1500,
 }  # fmt: skip
 _WIDE: dict[str, Any] = {"control_hidden": (256,) * 3}
 _NEAR: dict[str, Any] = {**_WIDE, "regularisation.kind": "policy"}
@@ -43,9 +43,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # method, quality of the 
     "focal, regularised": ("focal", "expert", {**_NEAR, "schedule": "joint"}),
     "batch-pearl": ("batch-pearl", "mixed", _WIDE),
     "batch-pearl, regularised": ("batch-pearl", "expert", _NEAR),
-    "contextual-bcq": ("contextual-bcq", "expert", {}),
-    # its ensembles have no other task to relabel
-    "mbml": ("mbml", "expert", {"teachers.steps": 2000, "teachers.batch_size": 128, "teachers.rewards.steps": 100}),
+    "contextual-bcq": ("contextual-bcq", "expert", {"batch_size": 64}),
+    "mbml": (
+        "mbml",
+        "expert",  # its ensembles have no other task to relabel
+        {"batch_size": 64, "teachers.steps": 1500, "teachers.batch_size": 64, "teachers.rewards.steps": 100},
+    ),
 }
 
 

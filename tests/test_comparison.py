@@ -104,6 +104,7 @@ def test_compare_trains_what_is_missing_once_and_tests_alike(folders, monkeypatc
     both = json.loads(cli(*command, "--algos", "batch-pearl,mbml"))
     assert {path: path.stat().st_mtime_ns for path in first} == first
     assert {row["method"] for row in both["methods"]} == {"batch-pearl", "mbml"}
+    assert both["context_size"] == 32  # Batch PEARL's, for MBML too, which trains with 16
     for row in both["methods"]:
         assert row["gradient_steps"] == 4
         assert len(row["scores"]) == 1
