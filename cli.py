@@ -617,7 +617,9 @@ def compare(
 ) -> None:  # fmt: skip
     """Compare methods on the same data: train what is missing, go on with what was stopped, test all, print one table.
 
-    --set NAME=VALUE goes to every method that has the setting, --set ALGO:NAME=VALUE to one.
+    --set NAME=VALUE goes to every method that has the setting, --set ALGO:NAME=VALUE to one. At laptop scale all
+    methods have networks of 3 x 256, FOCAL too, whose own are smaller (--set focal:control_hidden=128,128 has those).
+    Test contexts are as large for all as the largest that one of them trained with.
     """
     import torch
 

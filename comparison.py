@@ -6,6 +6,7 @@ RUNS/comparisons/NAME/      comparison-PROTOCOL.json, .md and .csv, return_curve
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,24 @@ import numpy as np
 
 from .datasets import open_collection
 from .envs import get_family
-from .errors import UsageError, did_you_mean
+from .errors import DivergedError, FocalError, UsageError, did_you_mean
 from .evaluation import Interval, over_seeds, probability_of_improvement
 from .evaluation.metatest import RIGHT, UNTRAINED, WRONG, MetaTestResult
 from .evaluation.run_figures import logged
 from .evaluation.tables import write_table
-from .experiment import RunTest, TrainProgress, TrainRequest, plan_run, test_run, train_planned
+from .experiment import PlannedRun, RunTest, TrainProgress, TrainRequest, plan_run, raise_failure, test_run, train_jobs
 from .files import write_json
 from .provenance import provenance
 from .settings import field_names
+from .trainer.journal import SECONDS, read_rows
 from .trainer.methods import find_method
+from .trainer.settings import TrainSettings, hidden_widths
+
+# FOCAL's own laptop networks, which its results were measured with, are smaller than its rivals' 3 x 256. In a
+# comparison all four have the same; `--set focal:control_hidden=...` still decides.
+EQUAL_NETWORKS: dict[str, dict[str, tuple[str, ...]]] = {
+    "laptop": {"focal": ("encoder_hidden=256,256,256", "control_hidden=256,256,256")}
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Row:
     scores: np.ndarray  # (S, K) normalised scores, or where no expert passed its test returns, of every seed and task
     normalised: bool
     better_than_next: Interval | None  # chance that a seed of it scores higher than one of the next method
+    first_stage_seconds: float | None = None  # of MBML's first stage, which all its seeds share
 
     @property
     def interquartile(self) -> Interval:
@@ -67,6 +77,9 @@ class Row:
             f"interquartile mean, {unit}": str(self.interquartile),
             "P(better than the next)": "-" if self.better_than_next is None else str(self.better_than_next),
             **{f"return, {condition}": str(interval) for condition, interval in returns.items() if interval},
+            "seeds": len(self.test.results),
+            "steps": self.test.run.settings.total_steps,
+            "networks": networks(self.test.run.settings),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -76,6 +89,7 @@ class Row:
             "method": self.algo,
             "run": str(self.test.run_dir),
             "gradient_steps": self.test.run.settings.total_steps,
+            "networks": networks(self.test.run.settings),
             "normalised": self.normalised,
             "scores": [[None if np.isnan(score) else score for score in row] for row in self.scores.tolist()],
             "interquartile_mean": dataclasses.asdict(self.interquartile),
@@ -86,6 +100,7 @@ class Row:
                 if (interval := self.returns(condition))
             },
             "seconds": training_seconds(self.test),
+            "first_stage_seconds": self.first_stage_seconds,
         }
 
 
@@ -97,6 +112,7 @@ class Comparison:
     protocol: str
     rows: tuple[Row, ...]
     files: tuple[Path, ...]
+    diverged: tuple[str, ...] = ()  # why methods are missing from the table
 
     @property
     def title(self) -> str:
@@ -105,8 +121,9 @@ class Comparison:
         result = test.first
         where = "held-out context" if result.heldout_only else "unseen tasks"
         return (
-            f"{self.name}: {len(result.task_indices)} {where}, {self.protocol} protocol, {test.episodes} episodes a "
-            f"task; intervals: 95% over {len(test.results)} seed(s)"
+            f"{self.name}: {len(result.task_indices)} {where}, {self.protocol} protocol, contexts of "
+            f"{result.context_size} {result.context_unit}, {test.episodes} episodes a task; intervals: 95% over "
+            f"{len(test.results)} seed(s)"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -114,7 +131,10 @@ class Comparison:
         return {
             "name": self.name,
             "protocol": self.protocol,
+            "context_size": self.rows[0].test.first.context_size,
+            "context_unit": self.rows[0].test.first.context_unit,
             "methods": [row.to_json() for row in self.rows],
+            "diverged": list(self.diverged),
             "provenance": provenance(),
         }
 
@@ -122,32 +142,74 @@ class Comparison:
 def compare(request: CompareRequest, progress: TrainProgress | None = None) -> Comparison:
     """Train what is missing of every method, continue what was cut, test all, and write table and curves.
 
-    Raises `UsageError` for a method or a setting that does not exist before anything is trained, and as `train_run`
-    and `test_run` do.
+    A method whose values diverge is named beside the table of the others. Raises `UsageError` for a method or a setting
+    that does not exist before anything is trained, `FocalError` where every method diverged, and as `train_run` and
+    `test_run` do.
     """
     collection = open_collection(request.train.collection)
     scale = request.train.scale or collection.scale
     name = request.name or f"{get_family(collection.family).alias}-{request.train.quality}-{scale}"
-    assignments = split_assignments(request.train.assignments, request.algos)
-    planned = {
-        algo: plan_run(
-            dataclasses.replace(
-                request.train, algo=algo, name=f"{name}-{algo}", assignments=assignments[algo], resume=True
-            )
-        )
-        for algo in request.algos
-    }
-    train_planned(list(planned.values()), request.train.workers, progress)
-    tests = {
-        algo: test_run(plan.run_dir, request.stores, None, None, request.episodes, request.test_seed, request.protocol)
-        for algo, plan in planned.items()
-    }
+    planned = _plan(request, name, scale)
+    failures = train_jobs(list(planned.values()), request.train.workers, progress)
+    diverged = _diverged(failures, planned)
+    size = _context_size(request, planned)
+    tests = {algo: _test(request, one.run_dir, size) for algo, one in planned.items() if algo not in diverged}
+    rows = tuple(
+        dataclasses.replace(row, first_stage_seconds=_first_stage_seconds(planned[row.algo])) for row in rank(tests)
+    )
+    comparison = Comparison(name, request.protocol, rows, (), tuple(diverged.values()))
     folder = request.train.runs / "comparisons" / name
-    comparison = Comparison(name, request.protocol, rank(tests), ())
     stem = folder / f"comparison-{request.protocol}"
     write_json(stem.with_suffix(".json"), comparison.to_json())
     tables = write_table(stem.with_suffix(".csv"), [row.cells() for row in comparison.rows], comparison.title)
     return dataclasses.replace(comparison, files=(*tables, *draw_curves(folder, name, tests)))
+
+
+def _plan(request: CompareRequest, name: str, scale: str) -> dict[str, PlannedRun]:
+    """Check every method's settings and data and find out what is still to do. Raises as `plan_run`."""
+    assignments, equal = split_assignments(request.train.assignments, request.algos), EQUAL_NETWORKS.get(scale, {})
+    planned = {}
+    for algo in request.algos:
+        words = (*equal.get(algo, ()), *assignments[algo])  # the later of two words for one setting counts
+        own = dataclasses.replace(request.train, algo=algo, name=f"{name}-{algo}", assignments=words, resume=True)
+        planned[algo] = plan_run(own)
+    return planned
+
+
+def _diverged(failures: Mapping[Any, BaseException], planned: Mapping[str, PlannedRun]) -> dict[str, str]:
+    """Return why each method that diverged did. Raises `FocalError` for any other failure, or where all did."""
+    other = {key: error for key, error in failures.items() if not isinstance(error, DivergedError)}
+    raise_failure(other, list(planned.values()))
+    found: dict[str, str] = {}
+    for (run_dir, _), error in failures.items():
+        algo = next(algo for algo, one in planned.items() if one.run_dir == run_dir)
+        found.setdefault(algo, f"{algo}: {error}")
+    if len(found) == len(planned):
+        raise FocalError(next(iter(found.values())))
+    return found
+
+
+def _context_size(request: CompareRequest, planned: Mapping[str, PlannedRun]) -> int | None:
+    """Return the size of every method's test contexts: the largest that one of them trained with.
+
+    None, the protocol's own, where the methods gather their contexts in episodes.
+    """
+    if request.protocol not in ("offline", "shift"):
+        return None
+    return max(one.settings.context_size for one in planned.values())
+
+
+def _test(request: CompareRequest, run_dir: Path, size: int | None) -> RunTest:
+    """Test a method; of a run that has more seeds than were asked for, those asked for count."""
+    test = test_run(run_dir, request.stores, None, size, request.episodes, request.test_seed, request.protocol)
+    return dataclasses.replace(test, results={seed: test.results[seed] for seed in request.train.seeds})
+
+
+def _first_stage_seconds(one: PlannedRun) -> float | None:
+    if one.first_stage_folder is None:
+        return None
+    rows = read_rows(one.first_stage_folder / "metrics.jsonl")
+    return float(str(rows[-1][SECONDS])) if rows else None
 
 
 def split_assignments(assignments: tuple[str, ...], algos: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -189,6 +251,15 @@ def rank(tests: dict[str, RunTest]) -> tuple[Row, ...]:
 def _scores(result: MetaTestResult, normalised: bool) -> np.ndarray:
     """One seed's score (K,) of every task."""
     return result.task_scores(RIGHT) if normalised else result.conditions[RIGHT].reported.mean(axis=1)
+
+
+def networks(settings: TrainSettings) -> str:
+    """Return every list of hidden widths in settings, once each: "3 x 256, 1 x 128"."""
+    words = []
+    for widths in dict.fromkeys(hidden_widths(settings)):
+        same = len(set(widths)) == 1
+        words.append(f"{len(widths)} x {widths[0]}" if same else " + ".join(map(str, widths)))
+    return ", ".join(words)
 
 
 def draw_curves(folder: Path, name: str, tests: dict[str, RunTest]) -> list[Path]:

@@ -312,6 +312,8 @@ def print_test(tested: RunTest) -> None:
 def print_comparison(compared: Comparison) -> None:
     """Print one line per method, best first."""
     print_table([row.cells() for row in compared.rows], compared.title)
+    for reason in compared.diverged:
+        console.print(escape(f"not in the table: {reason}"))
 
 
 def print_sweep(swept: Sweep) -> None:

@@ -25,6 +25,10 @@ class DiskFullError(FocalError):
         return f"{self.where_full}: {self.advice}; nothing finished was lost"
 
 
+class DivergedError(FocalError):
+    """A training's numbers grew without bound, or stopped being numbers: a result of that method, too."""
+
+
 class UsageError(FocalError):
     """The command or a setting is wrong; `focal-cli` exits with 2."""
 

@@ -107,6 +107,7 @@ class PlannedRun:
     settings: TrainSettings
     source: RunSource
     first_stage: SeedJob | None  # to be done before any seed
+    first_stage_folder: Path | None  # where that is, or will be, kept
     seeds: tuple[SeedJob, ...]  # without those that are trained to the end
 
 
@@ -256,14 +257,22 @@ def plan_run(request: TrainRequest) -> PlannedRun:
     refuse_other_run(run_dir, run)
     to_do = tuple(job(seed) for seed in seeds if not request.resume or last_step(run_dir, seed) < settings.total_steps)
     ready = not isinstance(settings, MbmlSettings) or first_stage_is_there(run_dir.parent, run, data)
-    return PlannedRun(run_dir, settings, source, None if ready or not to_do else job(None), to_do)
+    kept = teachers_folder(run_dir.parent, run, data) if isinstance(settings, MbmlSettings) else None
+    return PlannedRun(run_dir, settings, source, None if ready or not to_do else job(None), kept, to_do)
 
 
 def train_planned(planned: Sequence[PlannedRun], workers: int = 0, progress: TrainProgress | None = None) -> None:
+    """Train what is still to do for several runs, as `train_jobs` does. Raises `FocalError` for the first failure."""
+    raise_failure(train_jobs(planned, workers, progress), planned)
+
+
+def train_jobs(
+    planned: Sequence[PlannedRun], workers: int = 0, progress: TrainProgress | None = None
+) -> dict[tuple[Path, int | None], BaseException]:
     """Train what is still to do for several runs in one pool of worker processes; 0 `workers`: as many as cores.
 
-    First stages go first, and seeds that wait for one last, so that no core waits for them. Raises `FocalError` for
-    the first seed that failed; what the others did is kept.
+    First stages go first, and seeds that wait for one last, so that no core waits for them. Returns the failures, in
+    that order, by run folder and seed (None: the first stage); what the others did is kept.
     """
     progress, workers = progress or TrainProgress(), workers or available_cores()
     first = [one.first_stage for one in planned if one.first_stage]
@@ -275,18 +284,26 @@ def train_planned(planned: Sequence[PlannedRun], workers: int = 0, progress: Tra
         if one.seeds:
             progress.begin(one.run_dir, tuple(job.seed or 0 for job in one.seeds), one.settings.total_steps)
     jobs = {(job.run_dir, job.seed): job for job in (*first, *others, *waiting)}
-    again = "continue with the same command and --resume"
-    if len(planned) == 1:
-        again = f"continue with: {resume_command(planned[0].run_dir, planned[0].source)}"
-    failures = run_jobs(train_job, jobs, workers, _report_to(progress), again)
-    if failures:
-        (run_dir, seed), error = next((key, failures[key]) for key in jobs if key in failures)
+    failures = run_jobs(train_job, jobs, workers, _report_to(progress), _again(planned))
+    return {key: failures[key] for key in jobs if key in failures}
+
+
+def raise_failure(failures: Mapping[tuple[Path, int | None], BaseException], planned: Sequence[PlannedRun]) -> None:
+    """Raise `FocalError` for the first of the `failures` of `train_jobs`, if there are any."""
+    for (run_dir, seed), error in failures.items():
         who = f"{run_dir.name}, " * (len(planned) > 1) + ("the first stage" if seed is None else f"seed {seed}")
+        again = _again(planned)
         if isinstance(error, DiskFullError):
             raise FocalError(f"{who}: {error.where_full}; free space, then {again}") from error
         if isinstance(error, FocalError):
             raise error
         raise FocalError(f"{who} failed: {type(error).__name__}: {error}; steps are kept, {again}") from error
+
+
+def _again(planned: Sequence[PlannedRun]) -> str:
+    if len(planned) == 1:
+        return f"continue with: {resume_command(planned[0].run_dir, planned[0].source)}"
+    return "continue with the same command"
 
 
 def _report_to(progress: TrainProgress) -> Any:

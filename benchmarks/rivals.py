@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from stage_two import ACT_DIM, OBS_DIM, TASKS, made_up_task, matmul_rate, medians, rates
 
+from focal.comparison import EQUAL_NETWORKS
 from focal.datasets import Transitions
 from focal.provenance import provenance
-from focal.settings import override
+from focal.settings import override, parse_assignments
 from focal.trainer.mbml import Mbml, MbmlSettings
 from focal.trainer.mbml_teachers import Teachers, TeacherSettings
 from focal.trainer.methods import METHODS, train_settings
@@ -45,7 +46,8 @@ def first_stage(settings: MbmlSettings, data: Sequence[Transitions]) -> Callable
 
 def method(algo: str, data: Sequence[Transitions]) -> tuple[Callable[[], object], int]:
     """Return a step of a method (joint training), and its transitions per step."""
-    settings = train_settings("half-cheetah-vel", "laptop", algo)
+    equal = parse_assignments(EQUAL_NETWORKS["laptop"].get(algo, ()))  # as `focal-cli compare` has them
+    settings = override(train_settings("half-cheetah-vel", "laptop", algo), equal)
     replay, draw = TaskReplay(data, TRANSFORM, settings), torch.Generator().manual_seed(0)
     if isinstance(settings, MbmlSettings):
         small = override(settings, {"teachers.pool": 64})

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from focal import UsageError
+from focal import FocalError, UsageError
 from focal.cli import METHODS, PROTOCOLS, main
-from focal.comparison import rank, split_assignments
+from focal.comparison import CompareRequest, _plan, networks, rank, split_assignments
 from focal.evaluation import protocols
+from focal.experiment import TrainRequest
 from focal.trainer import methods
+from focal.trainer.methods import train_settings
 
 SHORT = ["--set", "steps=4", "--set", "mbml:teachers.steps=4", "--set", "mbml:teachers.rewards.steps=4"]
 
@@ -74,9 +76,13 @@ def test_returns_stand_in_where_an_expert_is_missing():
 
 def run_here(work, jobs, workers, on_report, how_to_continue):
     """What `run_jobs` does, without processes, which take seconds to start."""
-    for job in jobs.values():
-        work(job, on_report)
-    return {}
+    failures = {}
+    for key, job in jobs.items():
+        try:
+            work(job, on_report)
+        except FocalError as error:
+            failures[key] = error
+    return failures
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +104,12 @@ def test_compare_trains_what_is_missing_once_and_tests_alike(folders, monkeypatc
     both = json.loads(cli(*command, "--algos", "batch-pearl,mbml"))
     assert {path: path.stat().st_mtime_ns for path in first} == first
     assert {row["method"] for row in both["methods"]} == {"batch-pearl", "mbml"}
+    assert both["context_size"] == 32  # Batch PEARL's, for MBML too, which trains with 16
     for row in both["methods"]:
         assert row["gradient_steps"] == 4
         assert len(row["scores"]) == 1
         assert set(row["returns"]) == {"right context", "wrong context", "untrained"}
+        assert (row["first_stage_seconds"] is not None) == (row["method"] == "mbml")
     assert both["methods"][0]["better_than_next"] is not None
     files = {path.name for path in (runs / "comparisons" / "point-mixed-smoke").iterdir()}
     assert files == {
@@ -123,6 +131,42 @@ def test_what_cannot_be_compared_is_refused_before_training(folders):
     line = cli(*command, "--algos", "focal,mbml", "--name", "x", "--set", "mbml:transitions_vary=true", code=2)
     assert "--set next_observation_in_context=true" in line
     assert not list(folders[3].glob("x-*"))
+
+
+def test_at_laptop_scale_all_methods_have_the_same_networks(folders):
+    def planned(*words):
+        words = ("context_size=32", *words)  # smoke data are few
+        train = TrainRequest(folders[1] / "sparse-point-robot", "mixed", "laptop", (0,), words, folders[3])
+        found = _plan(CompareRequest(train, METHODS, folders[1]), "any", "laptop")
+        return {algo: networks(one.settings) for algo, one in found.items()}
+
+    # the reward ensemble's single layer of 128 is smaller by its description
+    equal = dict.fromkeys(METHODS, "3 x 256") | {"mbml": "3 x 256, 1 x 128"}
+    assert planned() == equal
+    assert planned("focal:control_hidden=64,32") == equal | {"focal": "3 x 256, 64 + 32"}
+    assert networks(train_settings("sparse-point-robot", "laptop", "focal")) == "2 x 128"  # its own
+
+
+def test_a_method_that_diverges_does_not_hide_the_others(folders, monkeypatch):
+    monkeypatch.setattr("focal.experiment.run_jobs", run_here)
+    command = ["compare", "--data", "mixed", "--seeds", 1, "--episodes", 2, "--name", "wild", *folders]
+    command += ["--set", "steps=4", "--set", "batch-pearl:value_limit=1e-9"]
+    told = json.loads(cli(*command, "--algos", "batch-pearl,contextual-bcq", "--json"))
+    assert [row["method"] for row in told["methods"]] == ["contextual-bcq"]
+    (reason,) = told["diverged"]
+    assert reason.startswith("batch-pearl: seed 0: values diverge")
+    assert "not in the table: batch-pearl" in cli(*command, "--algos", "batch-pearl,contextual-bcq")
+    assert "values diverge" in cli(*command, "--algos", "batch-pearl", code=1)  # nothing to show
+
+
+def test_the_seeds_asked_for_count(folders, monkeypatch):
+    monkeypatch.setattr("focal.experiment.run_jobs", run_here)
+    command = ["compare", "--data", "mixed", "--algos", "focal", "--episodes", 2, "--name", "counted", *folders]
+    command += ["--set", "steps=4", "--set", "encoder_steps=2", "--json"]
+    for seeds in (2, 1):
+        (row,) = json.loads(cli(*command, "--seeds", seeds))["methods"]
+        assert len(row["scores"]) == seeds
+        assert list(row["seconds"]) == [str(seed) for seed in range(seeds)]
 
 
 def test_a_run_is_continued_with_its_own_method(folders, monkeypatch):

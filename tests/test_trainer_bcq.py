@@ -22,7 +22,7 @@ from focal.trainer.bcq import (
     vae_loss,
 )
 from focal.trainer.encoder import DeterministicEncoder
-from focal.trainer.networks import StateActionNet
+from focal.trainer.networks import StateActionNet, TwinCritic
 from focal.trainer.replay import Batch
 from focal.trainer.settings import TrainSettings
 from focal.trainer.transform import ObservationTransform
@@ -187,6 +187,18 @@ def bcq_agent() -> BcqAgent:
         layer.weight = nn.Parameter(weight)
         layer.in_features += 1
     return agent
+
+
+def test_acting_goes_by_the_first_of_twin_values():
+    agent, states = bcq_agent(), torch.zeros(1, 1, 2)
+    twin = TwinCritic(2, 1, ())
+    affine(twin.first, [[0, 0, 1]], [0])
+    affine(twin.second, [[0, 0, -1]], [0])  # wants the smallest action
+    largest = agent.choose(states, None)
+    agent.critic = twin
+    assert torch.equal(agent.choose(states, None), largest)
+    twin.first, twin.second = twin.second, twin.first
+    assert agent.choose(states, None) < largest
 
 
 def test_acting_takes_the_largest_value_of_fixed_candidates_and_samples_with_a_generator():

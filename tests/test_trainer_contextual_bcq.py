@@ -1,11 +1,13 @@
 """Contextual BCQ: what reaches the encoder, what each step moves."""
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from focal.trainer.agent import augment
-from focal.trainer.bcq import bcq_targets, decoding_noise, twin_error, vae_loss
+from focal.trainer.bcq import bcq_targets, decoding_noise, perturbation_loss, twin_error, vae_loss
 from focal.trainer.contextual_bcq import ContextualBcq
 from focal.trainer.replay import TaskReplay, sample_joint_batch
 from focal.trainer.transform import ObservationTransform
@@ -62,40 +64,69 @@ def test_each_optimiser_moves_only_its_own_networks(name: str, owned: set[str], 
     assert moved(before, method) == owned
 
 
-def test_the_encoders_gradient_is_that_of_vae_and_critic_loss_through_one_graph(monkeypatch: pytest.MonkeyPatch):
-    """Every network but the encoder is stopped, and the random numbers are drawn again in the same order."""
-    method, batch = prepared()
+def gradients(*networks: nn.Module) -> list[Tensor]:
+    return [parameter.grad for network in networks for parameter in network.parameters()]
+
+
+def test_every_gradient_is_that_of_its_loss_through_one_graph(monkeypatch: pytest.MonkeyPatch):
+    """No network moves, targets differ from what they follow, and the random numbers are drawn again in their order."""
+    method, batch = prepared(encoder__kl_weight=0.3)
     for optimiser in method.optimisers.values():
         monkeypatch.setattr(optimiser, "step", lambda: None)
+    scatter(method.target_critic, method.target_perturbation)
+    targets_before = copy.deepcopy([method.target_critic, method.target_perturbation])
     method.update(batch, generator(2))
-    found = [parameter.grad for parameter in method.agent.encoder.parameters()]
 
     draw, data, agent = generator(2), batch.transitions, method.agent
-    embeddings, _ = agent.encoder.infer(batch.contexts[0], draw)
-    states = augment(data.observations, embeddings)
+    embeddings, kl = agent.encoder.infer(batch.contexts[0], draw)
+    states, fixed = (augment(data.observations, z) for z in (embeddings, embeddings.detach()))
     noise = torch.randn((3, 8, 4), generator=draw)
-    loss = vae_loss(method.action_encoder, agent.decoder, states, data.actions, noise)[0].mean()
+    generative = vae_loss(method.action_encoder, agent.decoder, states, data.actions, noise)[0].mean()
     noise = decoding_noise((3, 8, SETTINGS.bcq.candidates, 4), draw)
     next_states = augment(data.next_observations, embeddings.detach())
+    target_critic, target_perturbation = targets_before
     targets = bcq_targets(
-        agent.decoder, method.target_perturbation, method.target_critic, data, next_states, noise, SETTINGS.discount,
+        agent.decoder, target_perturbation, target_critic, data, next_states, noise, SETTINGS.discount,
         SETTINGS.bcq.min_weight,
     )  # fmt: skip
-    loss = loss + twin_error(method.critic(states, data.actions), targets).mean()
-    expected = torch.autograd.grad(loss, list(agent.encoder.parameters()))
-    assert all(gradient.abs().sum() > 0 for gradient in expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+    critic = twin_error(method.critic(states, data.actions), targets).mean()
+    decoded = agent.decoder(fixed, decoding_noise((3, 8, 4), draw)).detach()
+    acting = perturbation_loss(method.critic.first, agent.perturbation, fixed, decoded).mean()
+    expected = [
+        (generative + critic + 0.3 * kl.sum(), [agent.encoder]),
+        (generative, [method.action_encoder, agent.decoder]),
+        (critic, [method.critic]),
+        (acting, [agent.perturbation]),
+    ]
+    for loss, networks in expected:
+        parameters = [parameter for network in networks for parameter in network.parameters()]
+        for ours, theirs in zip(
+            gradients(*networks), torch.autograd.grad(loss, parameters, retain_graph=True), strict=True
+        ):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
-def test_the_kl_term_is_off_and_can_be_put_on(monkeypatch: pytest.MonkeyPatch):
+def scatter(*networks: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in (p for network in networks for p in network.parameters()):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(9)))
+
+
+def test_targets_follow_by_a_share_of_tau():
+    method, batch = prepared(tau=0.3)
+    pairs = {"critic": method.target_critic, "perturbation": method.target_perturbation}
+    scatter(*pairs.values())
+    before = copy.deepcopy(pairs)
+    method.update(batch, generator(2))
+    for name, target in pairs.items():
+        for new, old, source in zip(
+            target.parameters(), before[name].parameters(), method.networks[name].parameters(), strict=True
+        ):
+            assert torch.allclose(new, 0.7 * old + 0.3 * source, atol=1e-6), name
+
+
+def test_there_is_no_kl_term_unless_asked_for():
     assert SETTINGS.encoder.kl_weight == 0
-    gradients = {}
-    for weight in (0.0, 1.0):
-        method, batch = prepared(encoder__kl_weight=weight)
-        method.update(batch, generator(2))
-        gradients[weight] = torch.cat([parameter.grad.flatten() for parameter in method.agent.encoder.parameters()])
-    assert not torch.allclose(gradients[0.0], gradients[1.0])
 
 
 def test_means_of_the_posterior_are_not_bounded():

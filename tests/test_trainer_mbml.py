@@ -1,14 +1,15 @@
 """MBML: relabelling, triplet loss on masked posteriors and distillation by hand; the first stage batched over tasks."""
 
+import copy
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from focal import UsageError
 from focal.datasets import Transitions
-from focal.trainer.bcq import decoding_noise
+from focal.trainer.bcq import bcq_targets, decoding_noise, perturbation_loss, twin_error, vae_loss
 from focal.trainer.encoder import product_of_gaussians
 from focal.trainer.mbml import (
     Mbml,
@@ -207,6 +208,72 @@ def test_the_first_stage_of_many_tasks_is_that_of_each_task_alone(changes: dict)
     assert not torch.allclose(first[1], first[2])  # the tasks did learn different things
 
 
+def frozen(optimisers, monkeypatch: pytest.MonkeyPatch) -> None:
+    for optimiser in optimisers.values():
+        monkeypatch.setattr(optimiser, "step", lambda: None)
+
+
+def scatter(*networks: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in (p for network in networks for p in network.parameters()):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(9)))
+
+
+def assert_gradients(loss: Tensor, *networks: nn.Module) -> None:
+    """What the last backward pass left on the networks is the gradient of `loss`."""
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    for parameter, expected in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+        assert torch.allclose(parameter.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_every_gradient_of_the_first_stage_is_that_of_its_loss(monkeypatch: pytest.MonkeyPatch):
+    """No network moves, targets differ from what they follow, and the random numbers are drawn again in their order."""
+    settings = tiny_method("mbml", **VARYING)
+    teachers, replay = new_teachers(settings, 4), TaskReplay(walk_data().tasks, RAW, settings)
+    frozen(teachers.optimisers, monkeypatch)
+    scatter(*teachers.networks.values())
+    target_critic, target_perturbation = copy.deepcopy([teachers.target_critic, teachers.target_perturbation])
+    batch = teachers.sample(replay, 0, generator(1))
+    teachers.update(batch, generator(2))
+
+    data, draw, rule = batch.bcq, generator(2), settings.teachers.bcq
+    states, size = data.observations, settings.teachers.batch_size
+    noise = torch.randn((1, size, 4), generator=draw)
+    generative = vae_loss(teachers.action_encoder, teachers.decoder, states, data.actions, noise)[0].sum()
+    assert_gradients(generative, teachers.action_encoder, teachers.decoder)
+    targets = bcq_targets(
+        teachers.decoder, target_perturbation, target_critic, data, data.next_observations,
+        decoding_noise((1, size, rule.candidates, 4), draw), settings.discount, rule.min_weight,
+    )  # fmt: skip
+    assert_gradients(twin_error(teachers.critic(states, data.actions), targets).sum(), teachers.critic)
+    decoded = teachers.decoder(states, decoding_noise((1, size, 4), draw).expand(4, -1, -1)).detach()
+    acting = perturbation_loss(teachers.critic.first, teachers.perturbation, states, decoded).sum()
+    assert_gradients(acting, teachers.perturbation)
+
+    (rows, rewards), following = batch.rewards, batch.transitions
+    assert not torch.equal(rows.actions[:4], rows.actions[4:8])  # every member of an ensemble sees draws of its own
+    assert not torch.equal(following.actions[:4], following.actions[4:8])
+    predicted = teachers.rewards(rows.observations, rows.actions).squeeze(-1)
+    assert_gradients((predicted - rewards).square().mean(dim=1).sum(), teachers.rewards)
+    predicted = teachers.transitions(following.observations, following.actions)
+    errors = (predicted - following.next_observations).square().mean(dim=(1, 2))
+    assert_gradients(errors.sum(), teachers.transitions)
+
+
+def test_targets_of_the_first_stage_follow_by_a_share_of_tau():
+    settings = tiny_method("mbml", tau=0.3)
+    teachers, replay = new_teachers(settings, 4), TaskReplay(walk_data().tasks, RAW, settings)
+    pairs = {"critic": teachers.target_critic, "perturbation": teachers.target_perturbation}
+    scatter(*pairs.values())
+    before = copy.deepcopy(pairs)
+    teachers.train_step(replay, 0, generator(1))
+    for name, target in pairs.items():
+        for new, old, source in zip(
+            target.parameters(), before[name].parameters(), teachers.networks[name].parameters(), strict=True
+        ):
+            assert torch.allclose(new, 0.7 * old + 0.3 * source, atol=1e-6), name
+
+
 def test_the_first_stage_learns_and_its_ensembles_finish_in_their_own_time():
     settings = tiny_method("mbml", teachers__steps=400, teachers__rewards__steps=300, teachers__learning_rate=3e-3)
     teachers, draw = new_teachers(settings, 4), generator(1)
@@ -364,6 +431,27 @@ def test_triplet_kl_and_value_regression_reach_the_encoder_and_nothing_else_does
     assert all(any(gradient.abs().sum() > 0 for gradient in part) for part in parts)
     for ours, *theirs in zip(found, *parts, strict=True):
         assert torch.allclose(ours, sum(theirs), rtol=1e-3, atol=1e-6)
+
+
+def test_the_student_imitates_what_the_teachers_say(monkeypatch: pytest.MonkeyPatch):
+    method, replay = prepared()
+    scatter(*method.teachers.networks.values())
+    frozen(method.optimisers, monkeypatch)
+    batch, agent = method.sample(replay, generator(5)), method.agent
+    method.update(batch, generator(6))
+
+    draw, data, encoder = generator(6), batch.transitions, agent.encoder
+    mean, variance = context_posterior(
+        encoder.factors(batch.own), encoder.factors(batch.relabelled), batch.accepted, draw
+    )
+    embeddings = mean + variance.sqrt() * torch.randn(mean.shape, generator=draw)
+    states = torch.cat([data.observations, embeddings.unsqueeze(1).expand(-1, 8, -1)], dim=-1).detach()
+    noise = decoding_noise((*data.rewards.shape, 4), draw)
+    targets = method.teachers.distillation_targets(batch.tasks, data.observations, data.actions, noise)
+    assert_gradients((agent.critic(states, data.actions) - targets.values).square().mean(), agent.critic)
+    assert_gradients((agent.decoder(states, noise) - targets.decoded).square().mean(), agent.decoder)
+    moved_actions = agent.perturbation(states, targets.decoded)
+    assert_gradients((moved_actions - targets.perturbed).square().mean(), agent.perturbation)
 
 
 def test_a_single_task_has_no_pairs_and_still_learns():

@@ -18,7 +18,7 @@ from focal.trainer.mbml_first_stage import first_stage, is_trained, teachers_fol
 from focal.trainer.methods import METHODS, saved_settings, train_settings
 from focal.trainer.replay import TaskReplay
 from focal.trainer.runs import RunSource, describe_run, load_agent, load_untrained_agent, read_run
-from focal.trainer.settings import SCALES
+from focal.trainer.settings import SCALES, hidden_widths
 
 from .test_trainer_loop import Interrupt, assert_same_run, final_state, stop_at
 from .trainer_toys import evaluate_toy, tiny_method, walk_data
@@ -50,23 +50,11 @@ def test_every_method_has_settings_for_every_family_and_scale(algo: str, family:
     assert [getattr(settings, name) for name in shared] == [getattr(focal, name) for name in shared]
 
 
-def widths(settings: object) -> set[tuple[int, ...]]:
-    """Every list of hidden widths in settings."""
-    found = set()
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= widths(value)
-        elif field.name.endswith("hidden"):
-            found.add(value)
-    return found
-
-
 def test_laptop_networks_are_3_x_256_in_every_rival():
     for algo in set(METHODS) - {"focal"}:  # FOCAL's laptop results were measured with smaller ones
         for family in FAMILIES:
             # the reward ensemble's single layer of 128 is smaller by its description
-            assert widths(train_settings(family, "laptop", algo)) - {(128,)} == {(256, 256, 256)}, algo
+            assert set(hidden_widths(train_settings(family, "laptop", algo))) - {(128,)} == {(256, 256, 256)}, algo
 
 
 def test_paper_sizes_are_the_descriptions():
@@ -171,9 +159,9 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(algo: str, tmp_p
 # MBML's first stage
 
 
-def stage(runs: Path, settings=None, progress=None, data=None):
+def stage(runs: Path, settings=None, progress=None, data=None, source=None):
     data, settings = data or walk_data(), settings or tiny_method("mbml")
-    run = describe_run(data, settings, RunSource())
+    run = describe_run(data, settings, source or RunSource())
     folder = teachers_folder(runs, run, data)
     return folder, lambda: first_stage(runs, run, data, TaskReplay(data.tasks, run.transform, settings), progress)
 
@@ -200,10 +188,21 @@ def test_other_data_or_settings_have_a_first_stage_of_their_own(tmp_path: Path):
         stage(tmp_path, tiny_method("mbml", teachers__steps=31)),
         stage(tmp_path, tiny_method("mbml", discount=0.5)),
         stage(tmp_path, tiny_method("mbml", context_reward="sparse")),
+        stage(tmp_path, tiny_method("mbml", tau=0.5)),
+        stage(tmp_path, tiny_method("mbml", transitions_vary=True, next_observation_in_context=True)),
+        stage(tmp_path, tiny_method("mbml", hide_x=True), data=dataclasses.replace(walk_data(), absolute_x=0)),
         stage(tmp_path, data=dataclasses.replace(walk_data(), content_hash="beef")),
+        stage(tmp_path, data=walk_data(episodes=39)),
+        stage(tmp_path, source=RunSource(quality="expert")),
     ]
     folders = {here, *(folder for folder, _ in others)}
-    assert len(folders) == 5
+    assert len(folders) == 1 + len(others)
+    # what the second stage alone uses does not decide it, nor does where the collection lies
+    for same in (
+        tiny_method("mbml", latent_dim=2, triplet_margin=1.0, relabel__reward_std=1.0, critic_learning_rate=1e-5),
+        tiny_method("mbml", precision="bf16"),
+    ):
+        assert stage(tmp_path, same, source=RunSource(collection_path="/elsewhere", seeds=(7,)))[0] == here
 
 
 def test_an_interrupted_first_stage_ends_as_if_it_never_was(tmp_path: Path):

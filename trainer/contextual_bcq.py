@@ -62,8 +62,9 @@ class ContextualBcq:
     """The networks, their optimisers, and one gradient step.
 
     Departures from the released code (reference-facts 5.2): a step takes `meta_batch` tasks, not all; context and
-    transitions are independent draws, not disjoint ones; time limits bootstrap; acting decodes every state from the
-    same candidates' noise.
+    transitions are independent draws, not disjoint ones; context rows hold the next observation only in families whose
+    FOCAL runs have it; latent size and discount are the family's; time limits bootstrap; acting decodes every state
+    from the same candidates' noise.
     """
 
     def __init__(

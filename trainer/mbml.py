@@ -93,7 +93,7 @@ SCALES: dict[Scale, dict[str, Any]] = {
     "laptop": {
         **_KL, "encoder_hidden": (256,) * 3, **_widths("student", 256, 3, *_STUDENT),
         **_widths("teachers", 256, 3, *_TEACHER), "context_size": 64, "meta_batch": 8,
-        "teachers.steps": 4000, "teachers.batch_size": 32, "teachers.learning_rate": 1e-3,
+        "teachers.steps": 2000, "teachers.batch_size": 64, "teachers.learning_rate": 1e-3,
         "teachers.rewards.steps": 4000, "teachers.rewards.learning_rate": 1e-3, "teachers.transitions.members": 5,
         "teachers.transitions.steps": 1500, "teachers.transitions.learning_rate": 1e-3,
     },

@@ -98,7 +98,7 @@ def is_trained(folder: Path, total_steps: int) -> bool:
 def _identity(run: Run, data: TrainingData) -> dict[str, Any]:
     """What decides the first stage, and nothing that does not."""
     settings = to_dict(run.settings)
-    names = ("teachers", "discount", "tau", "transitions_vary", "context_reward", "precision")
+    names = ("teachers", "discount", "tau", "transitions_vary", "context_reward")
     return {
         "format": FORMAT,
         "family": run.family,

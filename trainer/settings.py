@@ -408,6 +408,18 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: s
     return names
 
 
+def hidden_widths(settings: Any) -> list[tuple[int, ...]]:
+    """Return the hidden widths of every network that settings describe, in the order of their fields."""
+    found: list[tuple[int, ...]] = []
+    for each in dataclasses.fields(settings):
+        value = getattr(settings, each.name)
+        if dataclasses.is_dataclass(value):
+            found += hidden_widths(value)
+        elif each.name.endswith("hidden"):
+            found.append(value)
+    return found
+
+
 def require(settings: Any, prefix: str, above_zero: tuple[str, ...] = (), not_negative: tuple[str, ...] = ()) -> None:
     """Raise `UsageError` for the first field out of range; NaN is out of every range."""
     for name in above_zero + not_negative:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import FocalError
+from ..errors import DivergedError, FocalError
 from ..files import write_json
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .diagnostics import value_drift
@@ -51,7 +51,7 @@ class Training:
         return load_checkpoint(checkpoints[-1], self.learner, self.generators)
 
     def run_from(self, step: int, progress: Progress | None = None) -> None:
-        """Take the remaining steps. Raises `FocalError` when a metric is not finite or a value passes its bound."""
+        """Take the remaining steps. Raises `DivergedError` when a metric is not finite or a value passes its bound."""
         if step >= self.total_steps:
             return
         (self.folder / DIVERGED).unlink(missing_ok=True)
@@ -100,7 +100,7 @@ class Training:
         save_checkpoint(self.folder / "checkpoints", step, self.learner, self.generators)
 
     def _refuse_divergence(self, numbers: Mapping[str, float], step: int) -> None:
-        """Raise `FocalError` for a number that is not finite, or an action value beyond the bound."""
+        """Raise `DivergedError` for a number that is not finite, or an action value beyond the bound."""
         for name, value in numbers.items():
             if not math.isfinite(value):
                 found = f"{name} became {value} at step {step}"
@@ -116,7 +116,7 @@ class Training:
             write_json(self.folder / DIVERGED, {**stop, "bound": min(self.value_bound, sys.float_info.max)})
             kept = list_checkpoints(self.folder / "checkpoints")
             where = f"the last good checkpoint is {kept[-1]}" if kept else "there was no checkpoint yet"
-            raise FocalError(f"{self.who}: {found}; {where}; train under another --name {remedy}")
+            raise DivergedError(f"{self.who}: {found}; {where}; train under another --name {remedy}")
 
 
 def _floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
