@@ -45,8 +45,9 @@ class Tab:
 
     def open(self, path: Path) -> None:
         """Load a local file and wait until it has run."""
+        self.evaluate("document.leaving = true")
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self.wait("document.readyState === 'complete'")
+        self.wait("!document.leaving && document.readyState === 'complete'")
 
     def evaluate(self, expression: str) -> Any:
         """Return the value of a JavaScript expression."""
