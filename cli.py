@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from .errors import FocalError, UsageError
+from .settings import SCALES
 
-SCALES = ("smoke", "laptop", "paper")
 QUALITIES = ("random", "medium", "expert", "mixed")
 METHODS = ("focal", "batch-pearl", "contextual-bcq", "mbml")
 PROTOCOLS = ("offline", "shift", "online", "mbml")

@@ -8,10 +8,9 @@ from typing import Any
 from .datagen import generate_settings
 from .datasets import Collection
 from .envs import get_family
-from .settings import to_dict
+from .settings import SCALES, to_dict
 from .trainer.methods import train_settings
 from .trainer.runs import Run
-from .trainer.settings import SCALES
 
 
 def generate_command(collection: Collection) -> str | None:

@@ -9,11 +9,21 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from .errors import UsageError, did_you_mean
 
 S = TypeVar("S")
+Scale = Literal["smoke", "laptop", "paper"]
+SCALES: tuple[Scale, ...] = typing.get_args(Scale)
+
+
+def known_scale(name: str) -> Scale:
+    """Return the scale of that name. Raises `UsageError` for any other, naming the nearest."""
+    for scale in SCALES:
+        if scale == name:
+            return scale
+    raise UsageError(f"unknown scale '{name}'; {did_you_mean(name, SCALES)}")
 
 
 def override(settings: S, changes: Mapping[str, Any]) -> S:

@@ -1,10 +1,9 @@
 """Stage one: a SAC agent per task, its checkpoints rolled out into stores."""
 
 from .generate import GenerateRequest, Progress, generate
-from .settings import SCALES, GenerateSettings, SacSettings, generate_settings
+from .settings import GenerateSettings, SacSettings, generate_settings
 
 __all__ = [
-    "SCALES",
     "GenerateRequest",
     "GenerateSettings",
     "Progress",

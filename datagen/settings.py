@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..datasets import QualityRule
-from ..errors import UsageError, did_you_mean
+from ..errors import UsageError
+from ..settings import known_scale
 
-SCALES = ("smoke", "laptop", "paper")
 LOG_STD_BOUNDS = (-20.0, 2.0)  # of a behaviour policy's Gaussian, stable-baselines3's
 
 
@@ -135,8 +135,7 @@ def add_family(family: str, changes: dict[str, Any]) -> None:
 
 def generate_settings(family: str, scale: str, fixed_tasks: bool = False) -> GenerateSettings:
     """Return the settings of a family at a scale. Raises `UsageError` for an unknown scale."""
-    if scale not in SCALES:
-        raise UsageError(f"unknown scale '{scale}'; {did_you_mean(scale, SCALES)}")
+    scale = known_scale(scale)
     settings = _replace(GenerateSettings(), _FAMILIES[family])
     if scale == "smoke":
         return _replace(settings, _SMOKE if fixed_tasks else _SMOKE | _SMOKE_TASKS)

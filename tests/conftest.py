@@ -6,9 +6,13 @@ labels and references come out as in real data.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+# before torch and BLAS are loaded: trainings have one thread each, and equal another to the bit only in as many
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

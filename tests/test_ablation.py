@@ -18,9 +18,9 @@ from focal.ablation import (
 )  # fmt: skip
 from focal.cli import main
 from focal.envs import FAMILIES
-from focal.settings import override, parse_assignments, to_dict
+from focal.settings import SCALES, override, parse_assignments, to_dict
 from focal.trainer.methods import train_settings
-from focal.trainer.settings import SCALES, differences
+from focal.trainer.settings import differences
 
 
 def settings_of(family, scale, row):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from focal import FocalError, UsageError
-from focal.settings import from_dict, to_dict
+from focal.settings import SCALES, from_dict, to_dict
 from focal.trainer.agent import Agent
 from focal.trainer.checkpoint import list_checkpoints
 from focal.trainer.loop import train
@@ -18,7 +18,7 @@ from focal.trainer.mbml_first_stage import first_stage, is_trained, teachers_fol
 from focal.trainer.methods import METHODS, saved_settings, train_settings
 from focal.trainer.replay import TaskReplay
 from focal.trainer.runs import RunSource, describe_run, load_agent, load_untrained_agent, read_run
-from focal.trainer.settings import SCALES, hidden_widths
+from focal.trainer.settings import hidden_widths
 
 from .test_trainer_loop import Interrupt, assert_same_run, final_state, stop_at
 from .trainer_toys import evaluate_toy, tiny_method, walk_data

@@ -3,9 +3,9 @@
 import pytest
 
 from focal import UsageError
-from focal.settings import from_dict, override, to_dict
+from focal.settings import SCALES, from_dict, override, to_dict
 from focal.trainer.methods import train_settings
-from focal.trainer.settings import SCALES, FocalSettings, differences
+from focal.trainer.settings import FocalSettings, differences
 
 FAMILIES = [
     "sparse-point-robot", "point-robot-wind", "half-cheetah-vel", "half-cheetah-fwd-back", "ant-fwd-back",

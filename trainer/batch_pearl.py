@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..settings import Scale
 from .agent import new_policy_agent
 from .control import ActorCritic
 from .optimisers import Metrics, adam, descend, matrix_precision
 from .replay import MetaBatch, TaskReplay, sample_joint_batch
-from .settings import ControlSettings, EncoderSettings, Scale
+from .settings import ControlSettings, EncoderSettings
 from .transform import ObservationTransform
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..settings import Scale
 from .agent import augment, new_encoder
 from .bcq import (
     ActionDecoder,
@@ -28,7 +29,7 @@ from .bcq import (
 from .networks import TwinCritic
 from .optimisers import Metrics, adam, descend, matrix_precision, polyak_update
 from .replay import Batch, MetaBatch, TaskReplay, sample_joint_batch
-from .settings import BcqSettings, EncoderSettings, Scale, TrainSettings
+from .settings import BcqSettings, EncoderSettings, TrainSettings
 from .transform import ObservationTransform
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..settings import Scale
 from .agent import augment, new_encoder
 from .bcq import ActionDecoder, BcqAgent, Perturbation, decoding_noise, plain
 from .encoder import ProbabilisticEncoder, build_context, gaussian_kl, product_of_gaussians, sample_gaussian
@@ -22,7 +23,7 @@ from .mbml_teachers import Predictions, Teachers, TeacherSettings
 from .networks import StateActionNet
 from .optimisers import Metrics, adam, descend, matrix_precision
 from .replay import Batch, TaskReplay
-from .settings import EncoderSettings, Scale, TrainSettings, require, require_widths
+from .settings import EncoderSettings, TrainSettings, require, require_widths
 from .transform import ObservationTransform
 
 Posterior = tuple[Tensor, Tensor]  # mean and variance of Gaussians, each (..., L)

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UsageError, did_you_mean
-from ..settings import field_names, from_dict, override, to_dict
+from ..settings import Scale, field_names, from_dict, known_scale, override, to_dict
 from . import batch_pearl, contextual_bcq, mbml
 from .agent import Agent, new_policy_agent
 from .focal import Focal
 from .learner import Learner
-from .settings import SCALES, FocalSettings, Scale, TrainSettings, family_table
+from .settings import FocalSettings, TrainSettings, family_table
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def train_settings(family: str, scale: Scale | str, algo: str = "focal") -> Trai
     nearest known method, family or scale.
     """
     method = find_method(algo)
-    if scale not in SCALES:
-        raise UsageError(f"unknown scale '{scale}'; {did_you_mean(scale, SCALES)}")
+    scale = known_scale(scale)
     known = set(field_names(method.settings))
     shared = {name: value for name, value in family_table(family, scale).items() if name in known}
     own = {**method.scales.get(scale, {}), **method.families.get(family, {})}
