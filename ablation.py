@@ -227,7 +227,7 @@ def _plan(train: TrainRequest, scale: str, name: str, row: AblationRow) -> Plann
 
 def _train(planned: Mapping[str, PlannedRun], train: TrainRequest, progress: TrainProgress | None) -> None:
     try:
-        train_planned([plan for plan in planned.values() if plan.seeds], train.workers, progress)
+        train_planned([plan for plan in planned.values() if plan.seeds], train.workers, progress, train.ray)
     except FocalError:
         jobs = [job for plan in planned.values() for job in plan.seeds]
         unfinished = [job for job in jobs if last_step(job.run_dir, job.seed or 0) < job.settings.total_steps]

@@ -75,6 +75,9 @@ def runs_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)  # fmt: skip
 
 
+ray_option = click.option(
+    "--ray", metavar="ADDRESS", help="Run on this Ray cluster, for example auto, not here; see docs/cluster.md."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON instead of a table.")
 set_option = click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Change one setting.")
 
@@ -119,7 +122,7 @@ def data() -> None:
 @click.option("--engine", type=click.Choice(["sb3", "fleet"]), help="One task at a time, or many. [default: sb3]")
 @click.option("--workers", type=click.IntRange(1), help="Processes side by side. [default: all cores, or all GPUs]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--ray", metavar="ADDRESS", help="Run on this Ray cluster, for example auto; see docs/cluster.md.")
+@ray_option
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--licence", default="CC-BY-4.0", show_default=True, help="SPDX identifier.")
 @click.option("--author", "authors", multiple=True, help="May be given several times.")
@@ -605,6 +608,7 @@ def test(
 @click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@ray_option
 @click.option("--name", help="The runs are NAME-ALGO. [default: family, quality and scale]")
 @stores_option
 @runs_option
@@ -612,8 +616,8 @@ def test(
 @json_option
 def compare(
     env_name: str | None, collection: Path | str | None, quality: str, algos: str, seeds: int, scale: str | None,
-    protocol: str, episodes: int, test_seed: int, workers: int | None, device: str, name: str | None, stores: Path,
-    runs: Path, assignments: Sequence[str], as_json: bool,
+    protocol: str, episodes: int, test_seed: int, workers: int | None, device: str, ray: str | None, name: str | None,
+    stores: Path, runs: Path, assignments: Sequence[str], as_json: bool,
 ) -> None:  # fmt: skip
     """Compare methods on the same data: train what is missing, go on with what was stopped, test all, print one table.
 
@@ -637,6 +641,7 @@ def compare(
     train = TrainRequest(
         collection=choose_collection(stores, env_name, collection), quality=quality, scale=scale,
         seeds=tuple(range(seeds)), assignments=tuple(assignments), runs=runs, workers=workers or 0, device=device,
+        ray=ray,
     )  # fmt: skip
     request = CompareRequest(train, methods, stores, protocol, episodes, test_seed, name)
     if as_json:
@@ -660,6 +665,7 @@ def compare(
 @click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@ray_option
 @click.option("--table", type=click.Path(path_type=Path), help="Write all that was measured so far, as Markdown.")
 @stores_option
 @runs_option
@@ -667,8 +673,8 @@ def compare(
 @json_option
 def ablate(
     env_name: str | None, collection: Path | str | None, quality: str, rows: str | None, seeds: int, scale: str | None,
-    episodes: int, test_seed: int, workers: int | None, device: str, table: Path | None, stores: Path, runs: Path,
-    assignments: Sequence[str], as_json: bool,
+    episodes: int, test_seed: int, workers: int | None, device: str, ray: str | None, table: Path | None,
+    stores: Path, runs: Path, assignments: Sequence[str], as_json: bool,
 ) -> None:  # fmt: skip
     """Take FOCAL apart, a row per design choice: train what is missing, go on with what was stopped, test, compare.
 
@@ -695,7 +701,7 @@ def ablate(
     if rows is not None:
         train = TrainRequest(
             collection=chosen, quality=quality, scale=scale, seeds=tuple(range(seeds)),
-            assignments=tuple(assignments), runs=runs, workers=workers or 0, device=device,
+            assignments=tuple(assignments), runs=runs, workers=workers or 0, device=device, ray=ray,
         )  # fmt: skip
         names = tuple(word for word in rows.replace(" ", "").split(",") if word)
         request = AblateRequest(train, names, stores, episodes, test_seed)

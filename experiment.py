@@ -6,6 +6,7 @@ The trainer knows no environment; its periodic meta-test is made here and handed
 import dataclasses
 import datetime
 import shlex
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from .cluster import PATIENCE, Cluster, has_gpu, run_on_cluster, wait_until
 from .datasets import Collection, find_collections, is_committed, open_collection
 from .datasets.sources import Folder
 from .envs import get_family
-from .errors import DiskFullError, FocalError, UsageError
+from .errors import DiskFullError, DivergedError, FocalError, UsageError
 from .evaluation import (
     CONDITIONS,
     ContextSource,
@@ -54,6 +56,7 @@ from .trainer.runs import (
     seed_folder,
 )
 from .trainer.settings import TrainSettings
+from .trainer.training import DIVERGED
 from .workers import available_cores, run_jobs
 
 TEST_FORMAT = "focal-test/1"
@@ -76,6 +79,7 @@ class TrainRequest:
     workers: int = 0  # 0: as many as there are cores
     cache: Path | None = None  # folder for memory-mapped copies of the chosen episodes
     device: str = "auto"  # auto (cuda where there is one), cpu or cuda
+    ray: str | None = None  # address of a Ray cluster to train on; needs `resume`, with which a dead node's seeds go on
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class SeedJob:
     cache: Path | None
     device: str
     threads: int = 1
+    patience: float = 0.0  # seconds to wait for another process that trains this seed
 
     def run_from_data(self) -> tuple[TrainingData, Run]:
         """Load the training data, and describe the run on it."""
@@ -232,16 +237,19 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     first seed that failed; what the others did is kept, and --resume continues.
     """
     planned = plan_run(request)
-    train_planned([planned], request.workers, progress)
+    train_planned([planned], request.workers, progress, request.ray)
     return planned.run_dir
 
 
 def plan_run(request: TrainRequest) -> PlannedRun:
     """Check a request and find out what is still to do for it. Raises as `train_run`; nothing is written."""
+    if request.ray:
+        assert request.resume, "a seed whose node dies is started again"
+        request = _with_whole_paths(request)
     collection = open_collection(request.collection)
     run_dir = _run_folder(request, collection)
     settings, seeds = _settings_and_seeds(request, collection, run_dir)
-    device = choose_device(request.device)
+    device = request.device if request.ray else choose_device(request.device)  # the nodes' devices are theirs to check
     cache = request.cache
     if cache is None and not isinstance(collection.source, Folder):
         cache = run_dir.parent / ".cache"  # far away: fetched once for all seeds and runs
@@ -261,15 +269,19 @@ def plan_run(request: TrainRequest) -> PlannedRun:
     return PlannedRun(run_dir, settings, source, None if ready or not to_do else job(None), kept, to_do)
 
 
-def train_planned(planned: Sequence[PlannedRun], workers: int = 0, progress: TrainProgress | None = None) -> None:
+def train_planned(
+    planned: Sequence[PlannedRun], workers: int = 0, progress: TrainProgress | None = None, ray: str | None = None
+) -> None:
     """Train what is still to do for several runs, as `train_jobs` does. Raises `FocalError` for the first failure."""
-    raise_failure(train_jobs(planned, workers, progress), planned)
+    raise_failure(train_jobs(planned, workers, progress, ray), planned)
 
 
 def train_jobs(
-    planned: Sequence[PlannedRun], workers: int = 0, progress: TrainProgress | None = None
+    planned: Sequence[PlannedRun], workers: int = 0, progress: TrainProgress | None = None, ray: str | None = None
 ) -> dict[tuple[Path, int | None], BaseException]:
     """Train what is still to do for several runs in one pool of worker processes; 0 `workers`: as many as cores.
+
+    With `ray`, the address that they were planned with, the pool is that cluster's cores or GPUs.
 
     First stages go first, and seeds that wait for one last, so that no core waits for them. Returns the failures, in
     that order, by run folder and seed (None: the first stage); what the others did is kept.
@@ -278,14 +290,47 @@ def train_jobs(
     first = [one.first_stage for one in planned if one.first_stage]
     waiting = [job for one in planned if one.first_stage for job in one.seeds]
     others = [job for one in planned if not one.first_stage for job in one.seeds]
-    if not others:  # nothing else for the other cores
+    if not (others or ray):  # nothing else for the other cores
         first = [dataclasses.replace(job, threads=max(1, workers // len(first))) for job in first]
     for one in planned:
         if one.seeds:
             progress.begin(one.run_dir, tuple(job.seed or 0 for job in one.seeds), one.settings.total_steps)
     jobs = {(job.run_dir, job.seed): job for job in (*first, *others, *waiting)}
-    failures = run_jobs(train_job, jobs, workers, _report_to(progress), _again(planned))
+    if ray and jobs:
+        failures = _train_on_cluster(jobs, ray, _report_to(progress), _again(planned))
+    else:
+        failures = run_jobs(train_job, jobs, workers, _report_to(progress), _again(planned))
     return {key: failures[key] for key in jobs if key in failures}
+
+
+def _train_on_cluster(
+    jobs: Mapping[tuple[Path, int | None], SeedJob], address: str, on_report: Any, how_to_continue: str
+) -> dict[tuple[Path, int | None], BaseException]:
+    """Do the jobs on a cluster's nodes; return the failures, when this machine sees what the others left."""
+    one = next(iter(jobs.values()))
+    runs = one.run_dir.parent
+    runs.mkdir(parents=True, exist_ok=True)
+    documents = [one.collection / "dataset.json"] if isinstance(one.collection, Path) else []
+    with tempfile.NamedTemporaryFile(prefix=".ray-", dir=runs) as witness:  # no other storage has one of that name
+        cluster = Cluster(address, one.device, (Path(witness.name), *documents))
+        failures = run_on_cluster(_train_on_node, jobs, cluster, on_report, how_to_continue)
+    if all(isinstance(error, DivergedError) for error in failures.values()):
+        wait_until(lambda: all(_is_seen(job, failures.get(key)) for key, job in jobs.items()))
+    return failures
+
+
+def _train_on_node(job: SeedJob, report: Any) -> None:
+    """Do a job on whatever node this is; a dead node's locks may outlive it."""
+    train_job(dataclasses.replace(job, device="cuda" if has_gpu() else "cpu", patience=PATIENCE), report)
+
+
+def _is_seen(job: SeedJob, error: BaseException | None) -> bool:
+    """Whether this machine sees what a seed left: its last checkpoint, or why it diverged."""
+    if job.seed is None or (error and isinstance(job.settings, MbmlSettings)):  # its first stage may have diverged
+        return True
+    if error:
+        return (seed_folder(job.run_dir, job.seed) / DIVERGED).exists()
+    return last_step(job.run_dir, job.seed) >= job.settings.total_steps
 
 
 def raise_failure(failures: Mapping[tuple[Path, int | None], BaseException], planned: Sequence[PlannedRun]) -> None:
@@ -356,8 +401,9 @@ def train_job(job: SeedJob, report: Any) -> None:
         return quick_test(agent, tests, job.settings.context_size, QUICK_EPISODES, QUICK_SEED)
 
     train(
-        job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source, job.device
-    )
+        job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source,
+        job.device, job.patience,
+    )  # fmt: skip
 
 
 def _test_tasks_or_none(collection: Collection, quality: str) -> TestTasks | None:
@@ -379,6 +425,13 @@ def training_data(collection: Collection, quality: str, cache: Path | None = Non
         absolute_x=loaded[0][0].record.absolute_x,
         content_hash=collection.content_hash,
     )
+
+
+def _with_whole_paths(request: TrainRequest) -> TrainRequest:
+    """The request for processes that work in other folders."""
+    collection = request.collection.resolve() if isinstance(request.collection, Path) else request.collection
+    cache = request.cache and request.cache.resolve()
+    return dataclasses.replace(request, collection=collection, runs=request.runs.resolve(), cache=cache)
 
 
 def _run_folder(request: TrainRequest, collection: Collection) -> Path:

@@ -2,13 +2,16 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import DiskFullError
+from .errors import DiskFullError, FocalError
 
 TEMPORARY = ".tmp-"
 
@@ -49,8 +52,30 @@ def sync(path: Path | str) -> None:
 
 
 def temporary_name(final: Path) -> Path:
-    """The name under which this process builds `final`, in the same folder so that the rename is atomic."""
-    return final.parent / f"{TEMPORARY}{final.name}-{os.getpid()}"
+    """A name to build `final` under, in the same folder so that the rename is atomic.
+
+    Nobody else has it: machines that share a folder have processes with the same ids.
+    """
+    return final.parent / f"{TEMPORARY}{final.name}-{secrets.randbits(48)}"
+
+
+@contextlib.contextmanager
+def locked(path: Path, patience: float, held: str) -> Iterator[None]:
+    """Hold the lock file `path`, made if it is not there. A process gives up its lock by dying, however it dies.
+
+    Raises `FocalError` saying `held` where another process still has it after `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise FocalError(held) from None
+                time.sleep(0.2)
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

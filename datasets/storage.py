@@ -1,7 +1,7 @@
 """Files that are born whole: written under a temporary name, fsynced, then renamed.
 
 A process killed anywhere leaves either the finished file or folder under its real name, or a leftover called
-`.tmp-NAME-PID` that nothing reads and the next run deletes.
+`.tmp-NAME-NUMBER` that nothing reads and the next run deletes.
 
     tasks/.tmp-task_0003.zarr-4711/   written, every file and folder fsynced
     tasks/task_0003.zarr/             one rename later, and `tasks/` itself fsynced
@@ -63,7 +63,6 @@ def new_folder(final: Path) -> Iterator[Path]:
     temporary = temporary_name(final)
     with writing(final):
         try:
-            shutil.rmtree(temporary, ignore_errors=True)  # a dead process had our pid
             temporary.mkdir()
             yield temporary
             sync_tree(temporary)

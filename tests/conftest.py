@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: small collections whose data mean what real data mean.
+"""Fixtures shared by all tests: small collections whose data mean what real data mean; a Ray cluster of two nodes.
 
 A fake point robot walks from the origin towards a goal on the upper unit half circle. Its skill in [0, 1] is the share
 of full speed it moves at: skill 0 only trembles, 1 goes straight to the goal. A checkpoint has one skill, so scores,
@@ -211,3 +211,19 @@ def point_run(tmp_path_factory) -> list[Any]:
         result = CliRunner().invoke(main, [str(word) for word in words])
         assert result.exit_code == 0, result.output
     return folders
+
+
+@pytest.fixture
+def two_nodes(monkeypatch):
+    """The cluster and its second node; every node has one core."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray reads 127.0.0.1 as the machine's other name
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    options = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20}
+    made = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
+    second = made.add_node(**options)
+    made.wait_for_nodes()
+    yield made, second
+    made.shutdown()

@@ -25,22 +25,6 @@ def request(path, settings=TINY, **changes):
     return GenerateRequest("point", path, settings, "smoke", seed=4, workers=1, device="cpu")
 
 
-@pytest.fixture
-def two_nodes(monkeypatch):
-    """The cluster and its second node; every node has one core."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray reads 127.0.0.1 as the machine's other name
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    options = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20}
-    made = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
-    second = made.add_node(**options)
-    made.wait_for_nodes()
-    yield made, second
-    made.shutdown()
-
-
 class Killer(Progress):
     """Kills a node when two fleets are between two checkpoints: one on each node, since a node has one core."""
 

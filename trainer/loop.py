@@ -46,22 +46,23 @@ def train(
     progress: Progress | None = None,
     source: RunSource | None = None,
     device: torch.device | str = "cpu",
+    patience: float = 0.0,
 ) -> Agent:
     """Train one seed of a run to the end and return its agent.
 
     `evaluate` must leave the agent and torch's generators alone (draw from its own). With `resume` a run that was
     killed continues from its last checkpoint and, on the CPU with the same number of threads, ends bit-identical to one
     that never was, logs included but for fields under "time/"; a finished run returns at once. MBML's first stage is
-    taken from beside the run folder, or trained there. Raises `UsageError` when the seed was already started and
-    `resume` is off, `FocalError` when the folder is of another run, a checkpoint is damaged, or a metric stops being
-    finite (the last good checkpoint stays).
+    taken from beside the run folder, or trained there. `patience` is how many seconds to wait for another process that
+    trains this seed. Raises `UsageError` when the seed was already started and `resume` is off, `FocalError` when the
+    folder is of another run, a checkpoint is damaged, or a metric stops being finite (the last good checkpoint stays).
     """
     source = source or RunSource()
     source = dataclasses.replace(source, seeds=source.seeds or (seed,))
     run = write_run(run_dir, describe_run(data, settings, source))
     folder = seed_folder(run_dir, seed)
     folder.mkdir(exist_ok=True)
-    with only_process(folder):
+    with only_process(folder, patience):
         checkpoints = list_checkpoints(folder / "checkpoints")
         if checkpoints and not resume:
             raise UsageError(f"{folder} is already trained to step {int(checkpoints[-1].name[5:])} of "

@@ -10,6 +10,7 @@ RUNS/teachers/FAMILY-HASH/   HASH of what decides it: data, and the settings of 
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def first_stage(
     folder = teachers_folder(runs, run, data)
     folder.mkdir(parents=True, exist_ok=True)
     seed = settings.teachers.seed
-    with only_process(folder, wait=True):
+    with only_process(folder, patience=math.inf):
         write_json(folder / "teachers.json", _identity(run, data))
         teachers = Teachers(
             settings.teachers,

@@ -1,6 +1,5 @@
 """Gradient steps with logs, checkpoints and an alarm for divergence, in one folder, resumable after any kill."""
 
-import fcntl
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -10,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import DivergedError, FocalError
-from ..files import write_json
+from ..errors import DivergedError
+from ..files import locked, write_json
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .diagnostics import value_drift
 from .journal import Journal
@@ -126,14 +125,8 @@ def _floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 @contextmanager
-def only_process(folder: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the folder's lock, which dies with the process, however it dies.
-
-    Where another process has it, `wait` until it is free, or raise `FocalError`.
-    """
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise FocalError(f"another process trains in {folder}; wait for it, or choose another --seed") from None
+def only_process(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the folder's lock. Raises `FocalError` where another process still has it after `patience` seconds."""
+    held = f"another process trains in {folder}; wait for it, or choose another --seed"
+    with locked(folder / ".lock", patience, held):
         yield
