@@ -42,9 +42,11 @@ class ContextClone:
     ) -> None:
         self.settings = settings
         self.agent = new_policy_agent(settings, transform, act_dim, generator, device)  # what meta-testing sees
+        policy = self.agent.policy
+        mean = [*policy.body.parameters(), *policy.mean.parameters()]  # the mode has no part in the standard deviation
         self.optimisers = {
             "encoder": adam(self.agent.encoder.parameters(), settings.encoder_learning_rate),
-            "policy": adam(self.agent.policy.parameters(), settings.actor_learning_rate),
+            "policy": adam(mean, settings.actor_learning_rate),
         }
 
     @property
