@@ -15,16 +15,17 @@ from typing import Any
 
 from .datasets import Collection, open_collection
 from .envs import FAMILIES, get_family
-from .errors import FocalError, UsageError, did_you_mean
+from .errors import DivergedError, FocalError, UsageError, did_you_mean
 from .evaluation import Interval, seed_interval
 from .evaluation.metatest import RIGHT, UNTRAINED, WRONG, ZERO
 from .evaluation.run_figures import logged
 from .evaluation.statistics import difference_interval, verdict
 from .evaluation.tables import markdown
-from .experiment import PlannedRun, RunTest, TrainProgress, TrainRequest, last_step, plan_run, test_run, train_planned
+from .experiment import PlannedRun, RunTest, TrainProgress, TrainRequest, plan_run, raise_failure, test_run, train_jobs
 from .files import write_json
 from .provenance import provenance
 from .settings import override, parse_assignments, to_dict
+from .trainer.files import read_json
 from .trainer.methods import train_settings
 from .trainer.runs import read_run, seed_folder
 from .trainer.settings import FocalSettings
@@ -226,18 +227,15 @@ def _plan(train: TrainRequest, scale: str, name: str, row: AblationRow) -> Plann
 
 
 def _train(planned: Mapping[str, PlannedRun], train: TrainRequest, progress: TrainProgress | None) -> None:
-    try:
-        train_planned([plan for plan in planned.values() if plan.seeds], train.workers, progress, train.ray)
-    except FocalError:
-        jobs = [job for plan in planned.values() for job in plan.seeds]
-        unfinished = [job for job in jobs if last_step(job.run_dir, job.seed or 0) < job.settings.total_steps]
-        if not all(_diverged(job.run_dir, job.seed or 0) for job in unfinished):
-            raise
+    """Train what is still to do. That a seed diverged is a result, and no failure."""
+    plans = [plan for plan in planned.values() if plan.seeds]
+    failures = train_jobs(plans, train.workers, progress, train.ray)
+    raise_failure({key: error for key, error in failures.items() if not isinstance(error, DivergedError)}, plans)
 
 
 def _diverged(run_dir: Path, seed: int) -> dict[str, Any] | None:
     path = seed_folder(run_dir, seed) / DIVERGED
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_json(path, "delete it to train the seed again") if path.exists() else None
 
 
 def _measure(request: AblateRequest, row: AblationRow, run_dir: Path, folder: Path) -> Measured:

@@ -182,6 +182,7 @@ def _verify(
 def bundle_report(
     path: Path | str, collection: Collection, authors: Sequence[str], trust: Trust, verified: VerifyReport
 ) -> BundleReport:
+    """Return what is told of a bundle whose every byte was read."""
     return BundleReport(
         path=str(path),
         name=bag_name(collection),

@@ -22,6 +22,8 @@ from focal.settings import SCALES, override, parse_assignments, to_dict
 from focal.trainer.methods import train_settings
 from focal.trainer.settings import differences
 
+from .in_process import run_here
+
 
 def settings_of(family, scale, row):
     settings = override(train_settings(family, scale), parse_assignments(row.changes))
@@ -123,17 +125,6 @@ def cli(*arguments, code=0):
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     return result.stdout if code == 0 else result.stderr.strip().splitlines()[-1]
-
-
-def run_here(work, jobs, workers, on_report, how_to_continue):
-    """What `run_jobs` does, without processes, which take seconds to start."""
-    failures = {}
-    for key, job in jobs.items():
-        try:
-            work(job, on_report)
-        except FocalError as error:
-            failures[key] = error
-    return failures
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from focal import FocalError, UsageError
+from focal import UsageError
 from focal.cli import METHODS, PROTOCOLS, main
 from focal.comparison import CompareRequest, _plan, networks, rank, split_assignments
 from focal.evaluation import protocols
 from focal.experiment import TrainRequest
 from focal.trainer import methods
 from focal.trainer.methods import train_settings
+
+from .in_process import run_here
 
 SHORT = ["--set", "steps=4", "--set", "mbml:teachers.steps=4", "--set", "mbml:teachers.rewards.steps=4"]
 
@@ -72,17 +74,6 @@ def test_returns_stand_in_where_an_expert_is_missing():
     rows = rank({"a": fake_test([[1.0, 2.0]], counted=False), "b": fake_test([[3.0, 4.0]])})
     assert not any(row.normalised for row in rows)
     assert [row.interquartile.mean for row in rows] == [3.5, 1.5]
-
-
-def run_here(work, jobs, workers, on_report, how_to_continue):
-    """What `run_jobs` does, without processes, which take seconds to start."""
-    failures = {}
-    for key, job in jobs.items():
-        try:
-            work(job, on_report)
-        except FocalError as error:
-            failures[key] = error
-    return failures
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """The fleet engine end to end on the point robot: real SAC at a tiny size, kills, failures, memory."""
 
 import dataclasses
-import itertools
-import os
 import shutil
 import sys
 
@@ -18,6 +16,8 @@ from focal.datagen.memory import check_memory, fleet_memory
 from focal.datasets import is_committed, open_collection, verify_collection
 from focal.envs import EnvironmentFailure, get_family
 from focal.settings import override, to_dict
+
+from .in_process import Killed, run_here, until_it_survives
 
 TINY = override(
     generate_settings("sparse-point-robot", "smoke"),
@@ -48,20 +48,9 @@ def request(path, **changes):
     return GenerateRequest("point", path, override(TINY, changes), "smoke", seed=4, workers=1, device="cpu")
 
 
-def in_process(work, jobs, workers, on_report, how_to_continue):
-    """What `run_jobs` does, without processes."""
-    failures = {}
-    for key, job in jobs.items():
-        try:
-            work(job, on_report)
-        except Exception as error:
-            failures[key] = error
-    return failures
-
-
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(stage_one, "run_jobs", in_process)
+    monkeypatch.setattr(stage_one, "run_jobs", run_here)
     torch.set_num_threads(1)
 
 
@@ -100,34 +89,14 @@ def test_other_fleets_are_other_settings(collection):
         generate(request(collection.path, **{"fleet.size": 2}))
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the code may catch it and go on."""
-
-
 def test_killed_after_any_write_it_continues_to_the_same_content(collection, tmp_path, monkeypatch, here):
     """Die at renames all over the run, then run again: no episode lost, doubled or changed."""
-    real = {"rename": os.rename, "replace": os.replace}
-    countdown, limits, died = itertools.count(), [0], 0
-
-    def dying(name):
-        def call(*args, **kwargs):
-            real[name](*args, **kwargs)
-            if next(countdown) == limits[0]:
-                raise Killed
-
-        return call
-
-    for name in real:
-        monkeypatch.setattr(os, name, dying(name))
     wanted = request(tmp_path / "point")
-    for limits[0] in itertools.cycle([1, 5, 3]):
-        countdown = itertools.count()
-        try:
-            generate(wanted)
-            break
-        except Killed:
-            died += 1
-            assert not is_committed(wanted.path) or verify_collection(wanted.path)
+
+    def nothing_half_written_opens():
+        assert not is_committed(wanted.path) or verify_collection(wanted.path)
+
+    died = until_it_survives(monkeypatch, lambda: generate(wanted), [1, 5, 3], nothing_half_written_opens)
     assert died > 20
     assert open_collection(wanted.path).content_hash == collection.content_hash
     assert verify_collection(wanted.path).episodes == EPISODES

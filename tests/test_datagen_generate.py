@@ -1,7 +1,6 @@
 """Stage one end to end on the point robot, with real SAC at a tiny size."""
 
 import dataclasses
-import itertools
 import re
 import shutil
 import sys
@@ -15,6 +14,8 @@ from focal.datagen.worker import best_checkpoint, run_task
 from focal.datasets import is_committed, open_collection, verify_collection
 from focal.envs import get_family
 from focal.settings import override, to_dict
+
+from .in_process import Killed, run_here, until_it_survives
 
 TINY = override(
     generate_settings("sparse-point-robot", "smoke"),
@@ -92,46 +93,19 @@ def test_the_behaviour_policies_are_kept_and_reproduce_their_episodes(collection
     assert stored.seeds.tolist() == seeds
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the code may catch it and go on."""
-
-
 def test_killed_after_any_write_it_continues_to_the_same_content(collection, tmp_path, monkeypatch):
     """Die at every single rename in turn, in one process, then run again: no episode lost, doubled or changed."""
-    import os
 
     stage_one = sys.modules["focal.datagen.generate"]  # the name of the module is also that of its function
 
-    def in_process(work, jobs, workers, on_report, how_to_continue):
-        for job in jobs.values():
-            work(job, on_report)
-        return {}
-
-    monkeypatch.setattr(stage_one, "run_jobs", in_process)
-    real = {"rename": os.rename, "replace": os.replace}
-    countdown = itertools.count()
-    died = 0
-
-    def dying(name):
-        def call(*args, **kwargs):
-            real[name](*args, **kwargs)
-            if next(countdown) == limits[0]:
-                raise Killed
-
-        return call
-
-    for name in real:
-        monkeypatch.setattr(os, name, dying(name))
+    monkeypatch.setattr(stage_one, "run_jobs", run_here)
     wanted = request(tmp_path / "point")
-    limits = [0]
-    for limits[0] in itertools.cycle([1, 3, 2]):  # every run gets a few renames further, and dies at different ones
-        countdown = itertools.count()
-        try:
-            generate(wanted)
-            break
-        except Killed:
-            died += 1
-            assert not is_committed(wanted.path) or verify_collection(wanted.path)
+
+    def nothing_half_written_opens():
+        assert not is_committed(wanted.path) or verify_collection(wanted.path)
+
+    # every run gets a few renames further, and dies at different ones
+    died = until_it_survives(monkeypatch, lambda: generate(wanted), [1, 3, 2], nothing_half_written_opens)
     assert died > 15
     assert open_collection(wanted.path).content_hash == collection.content_hash
     assert verify_collection(wanted.path).episodes == 36
