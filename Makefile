@@ -45,17 +45,8 @@ data: $(READY) ## Stage one: a SAC agent per task of ENV, rolled out into stores
 train: $(READY) ## Stage two: FOCAL on the DATA of ENV
 	$(CLI) train --env $(ENV) --data $(DATA) --seeds $(SEEDS) --stores $(STORES) --runs $(RUNS)
 
-# sizes at which a laptop run of any method takes at most 15 minutes on two busy cores (docs/benchmarks.md); by alias
-COMPARE.all         = --set batch_size=64 --set context_size=128 --set mbml:context_size=64
-COMPARE.point       = $(COMPARE.all) --set steps=5000 --set meta_batch=8 --set mbml:teachers.steps=1500
-COMPARE.wind        = $(COMPARE.point)
-COMPARE.cheetah-vel = $(COMPARE.all) --set steps=8000
-COMPARE.walker      = $(COMPARE.cheetah-vel)
-COMPARE.cheetah-dir = $(COMPARE.all)
-COMPARE.ant-dir     = $(COMPARE.cheetah-dir)
-
 compare: $(READY) ## All four methods on the DATA of ENV (point, wind, cheetah-vel, walker, cheetah-dir, ant-dir), SEEDS seeds
-	$(CLI) compare --env $(ENV) --data $(DATA) --seeds $(SEEDS) --stores $(STORES) --runs $(RUNS) $(if $(filter laptop,$(SCALE)),$(COMPARE.$(ENV)))
+	$(CLI) compare --env $(ENV) --data $(DATA) --seeds $(SEEDS) --stores $(STORES) --runs $(RUNS)
 
 sanity: $(READY) ## Every method on one task of sparse-point-robot, where nothing is to be inferred, beside its expert
 	$(CLI) data generate --env point --tasks 1/1 -o sanity/sparse-point-robot

@@ -609,7 +609,7 @@ def test(
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @ray_option
-@click.option("--name", help="The runs are NAME-ALGO. [default: family, quality and scale]")
+@click.option("--name", help="The runs are NAME-ALGO. [default: family and quality, e.g. walker-mixed]")
 @stores_option
 @runs_option
 @set_option
@@ -622,7 +622,8 @@ def compare(
     """Compare methods on the same data: train what is missing, go on with what was stopped, test all, print one table.
 
     --set NAME=VALUE goes to every method that has the setting, --set ALGO:NAME=VALUE to one. At laptop scale all
-    methods have networks of 3 x 256, FOCAL too, whose own are smaller (--set focal:control_hidden=128,128 has those).
+    methods have networks of 3 x 256, FOCAL too, whose own are smaller (--set focal:control_hidden=128,128 has those),
+    and batches and steps with which a run takes at most a quarter of an hour; --set steps=8000 and the like override.
     Test contexts are as large for all as the largest that one of them trained with.
     """
     import torch

@@ -1,6 +1,6 @@
 """Several methods on the same data, trained where they are not, tested alike, in one table and one picture.
 
-RUNS/NAME-ALGO              a run of each method; NAME is family, quality and scale
+RUNS/NAME-ALGO              a run of each method; NAME is family and quality, and the scale where it is not laptop
 RUNS/comparisons/NAME/      comparison-PROTOCOL.json, .md and .csv, return_curves.png and .svg
 """
 
@@ -28,10 +28,19 @@ from .trainer.journal import SECONDS, read_rows
 from .trainer.methods import find_method
 from .trainer.settings import TrainSettings, hidden_widths
 
-# FOCAL's own laptop networks, which its results were measured with, are smaller than its rivals' 3 x 256. In a
-# comparison all four have the same; `--set focal:control_hidden=...` still decides.
-EQUAL_NETWORKS: dict[str, dict[str, tuple[str, ...]]] = {
-    "laptop": {"focal": ("encoder_hidden=256,256,256", "control_hidden=256,256,256")}
+# FOCAL's own laptop networks, which its results were measured with, are smaller than its rivals' 3 x 256.
+_LAPTOP_NETWORKS = ("focal:encoder_hidden=256,256,256", "focal:control_hidden=256,256,256")
+# Sizes at which a laptop run of any method takes at most 15 minutes on two busy cores (docs/benchmarks.md).
+_LAPTOP_BATCHES = ("batch_size=64", "context_size=128", "mbml:context_size=64")
+_LAPTOP_POINT = (*_LAPTOP_BATCHES, "steps=5000", "meta_batch=8", "mbml:teachers.steps=1500")
+_LAPTOP_MANY = (*_LAPTOP_BATCHES, "steps=8000")
+_LAPTOP_SIZES = {
+    "sparse-point-robot": _LAPTOP_POINT,
+    "point-robot-wind": _LAPTOP_POINT,
+    "half-cheetah-vel": _LAPTOP_MANY,
+    "half-cheetah-fwd-back": _LAPTOP_BATCHES,
+    "ant-fwd-back": _LAPTOP_BATCHES,
+    "walker-2d-params": _LAPTOP_MANY,
 }
 
 
@@ -148,8 +157,8 @@ def compare(request: CompareRequest, progress: TrainProgress | None = None) -> C
     """
     collection = open_collection(request.train.collection)
     scale = request.train.scale or collection.scale
-    name = request.name or f"{get_family(collection.family).alias}-{request.train.quality}-{scale}"
-    planned = _plan(request, name, scale)
+    name = request.name or comparison_name(collection.family, request.train.quality, scale)
+    planned = _plan(request, name, collection.family, scale)
     failures = train_jobs(list(planned.values()), request.train.workers, progress, request.train.ray)
     diverged = _diverged(failures, planned)
     size = _context_size(request, planned)
@@ -165,12 +174,30 @@ def compare(request: CompareRequest, progress: TrainProgress | None = None) -> C
     return dataclasses.replace(comparison, files=(*tables, *draw_curves(folder, name, tests)))
 
 
-def _plan(request: CompareRequest, name: str, scale: str) -> dict[str, PlannedRun]:
+def comparison_name(family: str, quality: str, scale: str) -> str:
+    """Return what a comparison is called where nobody says: "walker-mixed", "walker-mixed-smoke"."""
+    words = [get_family(family).alias, quality, "" if scale == "laptop" else scale]
+    return "-".join(word for word in words if word)
+
+
+def equal_terms(family: str, scale: str, algo: str) -> tuple[str, ...]:
+    """Return what a comparison sets otherwise than `focal-cli train`, as `--set` takes it.
+
+    At laptop scale the same networks for all, and sizes that let a run end in a quarter of an hour; elsewhere nothing.
+    """
+    if scale != "laptop":
+        return ()
+    words = (*_LAPTOP_NETWORKS, *_LAPTOP_SIZES.get(family, ()))
+    mine = [word.rpartition(":") for word in words]
+    return tuple(word for owner, _, word in mine if owner in ("", algo))
+
+
+def _plan(request: CompareRequest, name: str, family: str, scale: str) -> dict[str, PlannedRun]:
     """Check every method's settings and data and find out what is still to do. Raises as `plan_run`."""
-    assignments, equal = split_assignments(request.train.assignments, request.algos), EQUAL_NETWORKS.get(scale, {})
+    assignments = split_assignments(request.train.assignments, request.algos)
     planned = {}
     for algo in request.algos:
-        words = (*equal.get(algo, ()), *assignments[algo])  # the later of two words for one setting counts
+        words = (*equal_terms(family, scale, algo), *assignments[algo])  # the later of two words for a setting counts
         own = dataclasses.replace(request.train, algo=algo, name=f"{name}-{algo}", assignments=words, resume=True)
         planned[algo] = plan_run(own)
     return planned

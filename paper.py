@@ -2,7 +2,8 @@
 
 Departures from the paper's pictures: the horizontal axis is gradient steps, since nothing here copies transitions from
 buffer to buffer; returns of the two-task families are the mean of both directions, where the paper plots one;
-embeddings are of contexts that training never saw.
+embeddings are of contexts that training never saw. The sparse point robot of figure 3 shows all four methods; the paper
+left out two that earned nothing there (section 5.1, footnote).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .commands import flatten
+from .comparison import comparison_name, equal_terms
 from .datasets import Collection, Selection
 from .envs import FAMILIES, get_family
 from .errors import UsageError
@@ -48,16 +50,23 @@ class Training:
     algo: str = "focal"
     variant: str = ""  # what distinguishes the run's name
     changes: tuple[str, ...] = ()  # as `--set` takes them
+    compared: bool = False  # a run of `focal-cli compare`, with the terms that are equal for all methods there
     may_diverge: bool = False  # one that was stopped as diverged is drawn as far as it went
 
     def name(self, scale: str) -> str:
-        """The run's folder; laptop, the usual scale, is not named."""
-        words = [get_family(self.family).alias, self.quality, "" if self.algo == "focal" else self.algo, self.variant]
-        return "-".join(word for word in [*words, "" if scale == "laptop" else scale] if word)
+        """The run's folder."""
+        algo = self.algo if self.compared else ""
+        words = [comparison_name(self.family, self.quality, scale), algo, self.variant]
+        return "-".join(word for word in words if word)
+
+    def assignments(self, scale: str) -> tuple[str, ...]:
+        """What it sets otherwise than `focal-cli train`, as `--set` takes it."""
+        equal = equal_terms(self.family, scale, self.algo) if self.compared else ()
+        return (*equal, *self.changes)
 
     def settings(self, scale: str) -> TrainSettings:
         """The settings it trains with."""
-        return override(train_settings(self.family, scale, self.algo), parse_assignments(self.changes))
+        return override(train_settings(self.family, scale, self.algo), parse_assignments(self.assignments(scale)))
 
 
 @dataclass(frozen=True)
@@ -128,9 +137,17 @@ def focal(family: str, label: str = "FOCAL", variant: str = "", *changes: str) -
     return Training(family, QUALITY[family], label, variant=variant, changes=changes)
 
 
-def rival(family: str, algo: str, label: str, variant: str = "", *changes: str) -> Training:
-    """A run of another method on the same data; one whose values diverge goes on, as the paper's did."""
-    return Training(family, QUALITY[family], label, algo, variant, (*changes, "value_limit=1e15"), may_diverge=True)
+def compared(family: str, algo: str, label: str, variant: str = "", *changes: str) -> Training:
+    """A run of a method beside others."""
+    return Training(family, QUALITY[family], label, algo, variant, changes, compared=True, may_diverge=True)
+
+
+def growing_values(family: str) -> tuple[Training, ...]:
+    """FOCAL and Batch PEARL, whose values grow without an alarm that stops them (figures 10 and 11)."""
+    return (
+        compared(family, "focal", "FOCAL"),
+        compared(family, "batch-pearl", "Batch PEARL", "unbounded", "value_limit=1e15"),
+    )
 
 
 def power_law(loss: str) -> Training:
@@ -144,26 +161,22 @@ def power_law(loss: str) -> Training:
 
 
 FOUR_LOSSES = tuple(power_law(loss) for loss in POWERS)
-RIVALS = {"batch-pearl": "Batch PEARL", "contextual-bcq": "Contextual BCQ", "mbml": "MBML"}
+LABELS = {"focal": "FOCAL", "batch-pearl": "Batch PEARL", "contextual-bcq": "Contextual BCQ", "mbml": "MBML"}
 MAIN = tuple(
-    training
-    for family in (POINT, VEL, DIR, ANT, WIND, WALKER)
-    for training in (focal(family), *(rival(family, algo, label) for algo, label in RIVALS.items()))
-    # the paper shows neither for the sparse point robot, where both earned nothing (section 5.1, footnote)
-    if not (family == POINT and training.algo in ("contextual-bcq", "mbml"))
+    compared(family, algo, label) for family in (POINT, VEL, DIR, ANT, WIND, WALKER) for algo, label in LABELS.items()
 )
+MAIN_SEEDS = {POINT: 5, WIND: 5, VEL: 3, DIR: 3, ANT: 3, WALKER: 3}
 PROBABILISTIC = ("FOCAL, probabilistic", "probabilistic", "encoder.kind=probabilistic")
-BRAC = ("Batch PEARL + behaviour regularisation", "regularised")
+BRAC = ("Batch PEARL + behaviour regularisation", "regularised", "regularisation.kind=policy")
 
 
 def four_variants(family: str) -> tuple[Training, ...]:
     """FOCAL with either encoder, Batch PEARL without and with FOCAL's regularisation (figure 4)."""
-    regularised = ("regularisation.kind=policy",)
     return (
-        focal(family),
-        focal(family, *PROBABILISTIC),
-        rival(family, "batch-pearl", "Batch PEARL"),
-        rival(family, "batch-pearl", *BRAC, *regularised),
+        compared(family, "focal", "FOCAL"),
+        compared(family, "focal", *PROBABILISTIC),
+        compared(family, "batch-pearl", "Batch PEARL"),
+        compared(family, "batch-pearl", *BRAC),
     )
 
 
@@ -338,24 +351,23 @@ ITEMS = {
     for item in [
         Item("figure 2a", "embeddings by loss, Half-Cheetah-Vel", draw_embeddings, FOUR_LOSSES),
         Item("figure 2b", "returns by loss, Half-Cheetah-Vel", draw_returns, FOUR_LOSSES),
-        Item("figure 3", "returns of FOCAL and its rivals, six families", draw_returns, MAIN),
+        Item("figure 3", "returns of FOCAL and its rivals, six families", draw_returns, MAIN, seeds=MAIN_SEEDS),
         Item("figure 4a", "embeddings of four variants, Walker-2D-Params", draw_embeddings, four_variants(WALKER)),
         Item("figure 4b", "returns of four variants", draw_returns, four_variants(VEL) + four_variants(WALKER)),
         Item("figure 5a", "embeddings, gradients decoupled or coupled, value penalty", draw_embeddings,
              coupled_and_not("value-penalty")),
         Item("figure 5b", "returns, gradients decoupled or coupled, value penalty", draw_returns,
              coupled_and_not("value-penalty")),
-        Item("figure 6", "returns at full length, logarithmic axis", draw_full_length, MAIN),
+        Item("figure 6", "returns at full length, logarithmic axis", draw_full_length, MAIN,
+             seeds=MAIN_SEEDS),
         Item("figure 7", "embeddings of figure 4a, three of their dimensions", draw_in_space, four_variants(WALKER)),
         Item("figure 8", "trajectories of the behaviour policies by quality", draw_trajectories, families=(POINT,)),
         Item("figure 9a", "embeddings, gradients decoupled or coupled, policy regularisation", draw_embeddings,
              coupled_and_not("policy")),
         Item("figure 9b", "returns, gradients decoupled or coupled, policy regularisation", draw_returns,
              coupled_and_not("policy")),
-        Item("figure 10", "action values, Ant-Fwd-Back", draw_values,
-             (focal(ANT), rival(ANT, "batch-pearl", "Batch PEARL"))),
-        Item("figure 11", "action values, Walker-2D-Params", draw_values,
-             (focal(WALKER), rival(WALKER, "batch-pearl", "Batch PEARL"))),
+        Item("figure 10", "action values, Ant-Fwd-Back", draw_values, growing_values(ANT)),
+        Item("figure 11", "action values, Walker-2D-Params", draw_values, growing_values(WALKER)),
         Item("figure context-size", "return and task accuracy by context size", draw_context_sizes,
              (Training(POINT, "mixed", "FOCAL"), Training(VEL, "mixed", "FOCAL"))),
         Item("table 1", "ESR and RMS of embeddings by loss, Half-Cheetah-Vel", table_separation, FOUR_LOSSES),

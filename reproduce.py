@@ -1,7 +1,8 @@
 """Making a figure or table of the paper from what exists, generating and training what is missing.
 
     STORES/FAMILY                 the collection, if it is of the scale asked for; else STORES/FAMILY-SCALE
-    RUNS/walker-mixed-coupled     a run: alias, quality, method and variant; with -smoke or -paper at those scales
+    RUNS/walker-mixed-coupled     a run: alias, quality, scale where it is not laptop, and what varies; those of several
+                                  methods are `focal-cli compare`'s: walker-mixed-mbml
     OUT/figure_5a.png, .svg       the picture; OUT/table_1.csv, .md a table
 
 Whatever exists is used, after a check that its settings are the ones asked for; a run that was stopped goes on.
@@ -18,8 +19,8 @@ from .errors import FocalError, UsageError
 from .experiment import TrainRequest, last_step, train_run
 from .paper import ITEMS, Item, Material, Training, table_matrix, table_power_law, table_settings
 from .trainer.methods import METHODS
-from .trainer.runs import read_run
-from .trainer.settings import TrainSettings
+from .trainer.runs import Run, read_run, seed_folder
+from .trainer.training import DIVERGED
 
 NEEDS_NOTHING = (table_settings, table_power_law)  # settings are known before anything is made
 
@@ -98,7 +99,7 @@ def train_one(
 ) -> Path:  # fmt: skip
     """Train a run, continue it, or find it finished; return its folder."""
     run_dir, seeds = runs / training.name(scale), tuple(range(item.seeds_of(training, scale)))
-    if _is_there(run_dir, training.settings(scale), quality, collection, seeds):
+    if _is_there(run_dir, training, scale, quality, collection, seeds):
         return run_dir
     request = TrainRequest(
         collection=collection.path,
@@ -106,7 +107,7 @@ def train_one(
         algo=training.algo,
         scale=scale,
         seeds=seeds,
-        assignments=training.changes,
+        assignments=training.assignments(scale),
         runs=runs,
         name=training.name(scale),
         resume=True,
@@ -122,12 +123,18 @@ def train_one(
 
 
 def _is_there(
-    run_dir: Path, settings: TrainSettings, quality: str, collection: Collection, seeds: tuple[int, ...]
+    run_dir: Path, training: Training, scale: str, quality: str, collection: Collection, seeds: tuple[int, ...]
 ) -> bool:
-    """Whether the run is the one asked for and trained to the end; a worker process would take seconds to say so."""
+    """Whether the run is the one asked for and has ended; a worker process would take seconds to say so."""
     if not (run_dir / "settings.json").exists():
         return False
-    run = read_run(run_dir)
-    same = (run.settings, run.source.quality, run.content_hash) == (settings, quality, collection.content_hash)
-    trained = {seed for seed in run.source.seeds if last_step(run_dir, seed) >= run.settings.total_steps}
-    return same and trained == set(run.source.seeds) and trained >= set(seeds)
+    run, asked = read_run(run_dir), (training.settings(scale), quality, collection.content_hash)
+    same = (run.settings, run.source.quality, run.content_hash) == asked
+    here = run.source.seeds
+    return same and set(here) >= set(seeds) and all(_ended(run_dir, seed, run, training) for seed in here)
+
+
+def _ended(run_dir: Path, seed: int, run: Run, training: Training) -> bool:
+    """Whether a seed is trained to the end, or was stopped as diverged where that may be."""
+    diverged = training.may_diverge and (seed_folder(run_dir, seed) / DIVERGED).exists()
+    return diverged or last_step(run_dir, seed) >= run.settings.total_steps

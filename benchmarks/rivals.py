@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from stage_two import ACT_DIM, OBS_DIM, TASKS, made_up_task, matmul_rate, medians, rates
 
-from focal.comparison import EQUAL_NETWORKS
+from focal.comparison import equal_terms
 from focal.datasets import Transitions
 from focal.provenance import provenance
 from focal.settings import override, parse_assignments
@@ -46,7 +46,7 @@ def first_stage(settings: MbmlSettings, data: Sequence[Transitions]) -> Callable
 
 def method(algo: str, data: Sequence[Transitions]) -> tuple[Callable[[], object], int]:
     """Return a step of a method (joint training), and its transitions per step."""
-    equal = parse_assignments(EQUAL_NETWORKS["laptop"].get(algo, ()))  # as `focal-cli compare` has them
+    equal = parse_assignments(equal_terms("half-cheetah-vel", "laptop", algo))  # as `focal-cli compare` has them
     settings = override(train_settings("half-cheetah-vel", "laptop", algo), equal)
     replay, draw = TaskReplay(data, TRANSFORM, settings), torch.Generator().manual_seed(0)
     if isinstance(settings, MbmlSettings):

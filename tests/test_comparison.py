@@ -1,5 +1,6 @@
 """`focal-cli compare`: what is trained, what is not trained again, and the numbers of its table."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -9,9 +10,18 @@ from click.testing import CliRunner
 
 from focal import UsageError
 from focal.cli import METHODS, PROTOCOLS, main
-from focal.comparison import CompareRequest, _plan, networks, rank, split_assignments
+from focal.comparison import (
+    CompareRequest,
+    _plan,
+    comparison_name,
+    equal_terms,
+    networks,
+    rank,
+    split_assignments,
+)
 from focal.evaluation import protocols
 from focal.experiment import TrainRequest
+from focal.paper import ITEMS
 from focal.trainer import methods
 from focal.trainer.methods import train_settings
 
@@ -128,7 +138,7 @@ def test_at_laptop_scale_all_methods_have_the_same_networks(folders):
     def planned(*words):
         words = ("context_size=32", *words)  # smoke data are few
         train = TrainRequest(folders[1] / "sparse-point-robot", "mixed", "laptop", (0,), words, folders[3])
-        found = _plan(CompareRequest(train, METHODS, folders[1]), "any", "laptop")
+        found = _plan(CompareRequest(train, METHODS, folders[1]), "any", "sparse-point-robot", "laptop")
         return {algo: networks(one.settings) for algo, one in found.items()}
 
     # the reward ensemble's single layer of 128 is smaller by its description
@@ -136,6 +146,29 @@ def test_at_laptop_scale_all_methods_have_the_same_networks(folders):
     assert planned() == equal
     assert planned("focal:control_hidden=64,32") == equal | {"focal": "3 x 256, 64 + 32"}
     assert networks(train_settings("sparse-point-robot", "laptop", "focal")) == "2 x 128"  # its own
+
+
+@pytest.mark.parametrize("scale", ["smoke", "laptop"])
+def test_the_runs_of_a_comparison_are_those_of_figure_3(folders, scale, tmp_path):
+    train = TrainRequest(folders[1] / "sparse-point-robot", "mixed", scale, (0,), ("context_size=32",), tmp_path)
+    name = comparison_name("sparse-point-robot", "mixed", scale)
+    planned = _plan(CompareRequest(train, METHODS, folders[1]), name, "sparse-point-robot", scale)
+    shown = {training.algo: training for training in ITEMS["figure 3"].restricted(["sparse-point-robot"]).trainings}
+    assert set(shown) == set(planned)
+    for algo, training in shown.items():
+        same = dataclasses.replace(training, quality="mixed", changes=("context_size=32",))  # smoke data are few
+        assert same.name(scale) == planned[algo].run_dir.name
+        assert same.settings(scale) == planned[algo].settings
+        assert not training.changes
+
+
+def test_terms_of_a_laptop_comparison():
+    words = equal_terms("sparse-point-robot", "laptop", "mbml")
+    assert words == ("batch_size=64", "context_size=128", "context_size=64", "steps=5000", "meta_batch=8",
+                     "teachers.steps=1500")  # fmt: skip
+    networks = ("encoder_hidden=256,256,256", "control_hidden=256,256,256")
+    assert equal_terms("a-new-family", "laptop", "focal") == networks
+    assert equal_terms("sparse-point-robot", "paper", "focal") == ()
 
 
 def test_a_method_that_diverges_does_not_hide_the_others(folders, monkeypatch):
