@@ -119,7 +119,11 @@ def data() -> None:
 @click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True)
 @click.option("--tasks", metavar="TRAIN[/TEST]", help="Number of tasks, for example 20/5.")
 @click.option("--tasks-from", type=click.Choice(["seed", "published"]), default="seed", show_default=True)
-@click.option("--engine", type=click.Choice(["sb3", "fleet"]), help="One task at a time, or many. [default: sb3]")
+@click.option(
+    "--engine",
+    type=click.Choice(["sb3", "fleet"]),
+    help="One task at a time, or many. [default: fleet for the point robots, else sb3]",
+)
 @click.option("--workers", type=click.IntRange(1), help="Processes side by side. [default: all cores, or all GPUs]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @ray_option

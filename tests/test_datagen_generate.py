@@ -19,7 +19,7 @@ from .in_process import Killed, run_here, until_it_survives
 
 TINY = override(
     generate_settings("sparse-point-robot", "smoke"),
-    {"n_train": 2, "n_test": 1, "checkpoints": 3, "sac.total_steps": 70, "sac.learning_starts": 30,
+    {"engine": "sb3", "n_train": 2, "n_test": 1, "checkpoints": 3, "sac.total_steps": 70, "sac.learning_starts": 30,
      "sac.batch_size": 8, "sac.hidden_sizes": "8,8"},
 )  # fmt: skip
 
