@@ -12,7 +12,7 @@ from focal.trainer.contextual_bcq import ContextualBcq
 from focal.trainer.replay import TaskReplay, sample_joint_batch
 from focal.trainer.transform import ObservationTransform
 
-from .trainer_toys import tiny_method, walk_data
+from .trainer_toys import scatter, tiny_method, walk_data
 
 RAW = ObservationTransform(2, (0, 1), (1.0, 1.0))
 SETTINGS = tiny_method("contextual-bcq")
@@ -104,12 +104,6 @@ def test_every_gradient_is_that_of_its_loss_through_one_graph(monkeypatch: pytes
             gradients(*networks), torch.autograd.grad(loss, parameters, retain_graph=True), strict=True
         ):
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
-
-
-def scatter(*networks: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in (p for network in networks for p in network.parameters()):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(9)))
 
 
 def test_targets_follow_by_a_share_of_tau():

@@ -27,7 +27,7 @@ from focal.trainer.replay import TaskReplay
 from focal.trainer.stacked import StackedMLP, of_tasks
 from focal.trainer.transform import ObservationTransform
 
-from .trainer_toys import tiny_method, walk_data
+from .trainer_toys import scatter, tiny_method, walk_data
 
 RAW = ObservationTransform(2, (0, 1), (1.0, 1.0))
 
@@ -213,12 +213,6 @@ def frozen(optimisers, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(optimiser, "step", lambda: None)
 
 
-def scatter(*networks: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in (p for network in networks for p in network.parameters()):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(9)))
-
-
 def assert_gradients(loss: Tensor, *networks: nn.Module) -> None:
     """What the last backward pass left on the networks is the gradient of `loss`."""
     parameters = [parameter for network in networks for parameter in network.parameters()]
@@ -356,6 +350,13 @@ def test_batches_relabel_what_the_ensembles_are_sure_of():
             assert torch.allclose(batch.relabelled[i, j, :, 5:], follow, atol=1e-5)
             sure = (spread.squeeze(-1) < 0.05) & (follow_std.mean(dim=-1) < 0.2)
             assert batch.accepted[i, j].tolist() == (sure & (i != j)).tolist()
+
+
+def test_next_observations_stay_where_only_rewards_vary():
+    method, replay = prepared(next_observation_in_context=True)
+    batch: MbmlBatch = method.sample(replay, generator(5))
+    tasks = len(batch.tasks)
+    assert torch.equal(batch.relabelled[..., 5:], batch.foreign[None, ..., 5:].expand(tasks, -1, -1, -1))
 
 
 def test_distillation_targets_are_the_teachers_outputs():

@@ -3,6 +3,8 @@
 import dataclasses
 
 import numpy as np
+import torch
+from torch import nn
 
 from focal.datasets import Transitions
 from focal.settings import field_names, override, to_dict
@@ -169,3 +171,11 @@ def tiny_method(algo: str, **changes: object) -> TrainSettings:
     settings = override(settings, {name.replace("__", "."): value for name, value in changes.items()})
     settings.check()
     return settings
+
+
+def scatter(*networks: nn.Module) -> None:
+    """Move every parameter by noise of its own, so that a network differs from its copies."""
+    draw = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in (p for network in networks for p in network.parameters()):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
