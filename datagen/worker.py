@@ -170,8 +170,21 @@ def to_episodes(rollouts: Rollouts, seeds: list[int], sac_step: int) -> Episodes
 
 def seal(job: TaskJob, family: TaskFamily, notes: Mapping[str, Any] | None = None) -> None:
     """Measure the references of a task that is trained and publish its store; `notes` join its provenance."""
+    _complete_segments(job, family)
     record = _record(job, family, {**job.provenance, **(notes or {})})
     seal_task(job.collection, record, job.settings.quality, job.seed)
+
+
+def _complete_segments(job: TaskJob, family: TaskFamily) -> None:
+    """Roll out again, from the policies on disk and to the same bytes, what was deleted because it was damaged."""
+    there = list_segments(job.collection, job.index)
+    missing = [n for n in range(job.settings.checkpoints + 1) if job.checkpoint_step(n) not in there]
+    if missing:
+        envs = make_batch(family, [job.parameters] * job.settings.episodes_per_checkpoint, threads=1)
+        for checkpoint in missing:
+            policy, _ = load_policy_file(job.policy_path(job.checkpoint_step(checkpoint)))
+            publish_checkpoint(job, policy, checkpoint, envs)
+        envs.close()
 
 
 def _record(job: TaskJob, family: TaskFamily, provenance: dict[str, Any]) -> TaskRecord:

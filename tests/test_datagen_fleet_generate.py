@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from focal import FocalError, UsageError
-from focal.datagen import GenerateRequest, Progress, fleet_worker, generate, generate_settings, memory
+from focal.datagen import GenerateRequest, Progress, fleet_worker, generate, generate_settings, memory, worker
 from focal.datagen.fleet import Fleet
 from focal.datagen.learner import read_progress
 from focal.datagen.memory import check_memory, fleet_memory
@@ -243,6 +243,27 @@ def test_a_damaged_learner_says_what_to_delete_and_loses_no_episode(collection, 
         generate(wanted)
     shutil.rmtree(folder)
     assert generate(wanted).content_hash == collection.content_hash
+
+
+@pytest.mark.parametrize("engine", ["fleet", "sb3"])
+def test_segments_deleted_because_they_were_damaged_are_made_again(collection, tmp_path, monkeypatch, here, engine):
+    wanted, where = request(tmp_path / "point", engine=engine), fleet_worker if engine == "fleet" else worker
+    expected = collection if engine == "fleet" else generate(request(tmp_path / "straight", engine=engine))
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, "seal", killed)
+        with pytest.raises(Killed):
+            generate(wanted)
+    for step in (23, 70):
+        segment = wanted.path / "staging" / "task_0000" / f"ckpt_{step:09d}.npz"
+        segment.write_bytes(segment.read_bytes()[:-100])
+        with pytest.raises(FocalError, match=rf"{segment} is damaged .* delete it and run the same command again"):
+            generate(wanted)
+        segment.unlink()
+    assert generate(wanted).content_hash == expected.content_hash
 
 
 @pytest.mark.parametrize("name", ["policies", "staging/learners", "staging/task_0001", "tasks"])
