@@ -9,7 +9,7 @@ rounded may depend on who shares its group, which is why fleets are fixed by the
 keeps its slot.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,17 @@ class Fleet:
         for _, group in self.groups:
             group.envs.close()
 
-    def save(self, folder: Path) -> None:
-        """Write the fleet's state. The learner file is replaced last and atomically: it is the commit point."""
+    def save(self, folder: Path, left: Iterable[int] = ()) -> None:
+        """Write the fleet's state, in which slots that `left` hold no agent's.
+
+        The learner file is replaced last and atomically: it is the commit point.
+        """
         if self.steps > self._saved_steps:
             rows = torch.cat([group.replay[:, self._saved_steps : self.steps].cpu() for _, group in self.groups])
             save_rows(folder, self.chunk, {"rows": rows.numpy()})
         updates = max(group.updates for _, group in self.groups)
         progress = {"chunk": self.chunk, "steps": self.steps, "updates": updates, "failures": self.failures}
-        save_learner(folder, self.tensors(), progress)
+        save_learner(folder, self.tensors(), progress | {"left": sorted(left)})
         self.saved_chunk, self._saved_steps = self.chunk, self.steps
 
     def restore(self, folder: Path) -> bool:
@@ -142,4 +145,4 @@ def single_out(source: Path, slot: int, target: Path, why: str) -> None:
         tensors = {name: tensor[slot : slot + 1].clone() for name, tensor in read_tensors(source).items()}
         for chunk in range(1, progress["chunk"] + 1) if target != source else ():
             save_rows(target, chunk, {"rows": read_rows(source, chunk)["rows"][slot : slot + 1]})
-    save_learner(target, tensors, progress | {"failures": [*progress["failures"], why]})
+    save_learner(target, tensors, progress | {"failures": [*progress["failures"], why], "left": []})

@@ -97,6 +97,11 @@ def _train(tasks: Sequence[TaskJob], folder: Path, device: str, report: Report) 
     fleet.restore(folder)
     alone = folder == tasks[0].learner_folder
     gone = {slot for slot, task in enumerate(tasks) if not alone and _has_left(task)}
+    for slot in set((read_progress(folder) or {}).get("left", ())) - gone:
+        raise FocalError(
+            f"{folder} has no state of task {tasks[slot].index}, which left it; "
+            f"type rm -r {folder}, then run the same command again: its training starts anew"
+        )
     for slot in gone:
         fleet.park(slot, "left earlier")
     steps = _StepCount(tasks, report)
@@ -112,7 +117,7 @@ def _train(tasks: Sequence[TaskJob], folder: Path, device: str, report: Report) 
             steps.take_back(slot)
             report(tasks[slot].index, "retried", failed[slot])
         if fleet.saved_chunk != fleet.chunk and fleet.live:
-            fleet.save(folder)
+            fleet.save(folder, left=gone | failed.keys())
         if not fleet.live or fleet.chunk == settings.checkpoints:
             break
         fleet.train_chunk(tasks[0].checkpoint_step(fleet.chunk + 1) - fleet.steps, steps.add)

@@ -226,8 +226,8 @@ def test_a_damaged_learner_says_what_to_delete_and_loses_no_episode(collection, 
     wanted = request(tmp_path / "point")
     real = Fleet.save
 
-    def killed(self, folder):
-        real(self, folder)
+    def killed(self, folder, left=()):
+        real(self, folder, left)
         if self.chunk == 2:
             raise Killed
 
@@ -243,6 +243,31 @@ def test_a_damaged_learner_says_what_to_delete_and_loses_no_episode(collection, 
         generate(wanted)
     shutil.rmtree(folder)
     assert generate(wanted).content_hash == collection.content_hash
+
+
+def test_a_damaged_learner_of_a_task_that_left_its_fleet(collection, tmp_path, monkeypatch, here):
+    """What the fleet went on computing in the slot that the task left is never taken for an agent."""
+    poison(monkeypatch, tasks_of(collection)[1], chunks=[2])
+    expected = generate(request(tmp_path / "straight"))
+    wanted, real = request(tmp_path / "point"), Fleet.save
+
+    def killed(self, folder, left=()):
+        real(self, folder, left)
+        if self.chunk == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fleet, "save", killed)
+        with pytest.raises(Killed):
+            generate(wanted)
+    for name in ("task_0001", "fleet_0000"):
+        folder = wanted.path / "staging" / "learners" / name
+        if name == "task_0001":
+            (folder / "learner.safetensors").write_bytes(b"cut")
+        with pytest.raises(FocalError, match=rf"{folder} .*type rm -r {folder}, then run the same command again"):
+            generate(wanted)
+        shutil.rmtree(folder)
+    assert generate(wanted).content_hash == expected.content_hash
 
 
 @pytest.mark.parametrize("engine", ["fleet", "sb3"])
