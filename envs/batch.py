@@ -207,7 +207,7 @@ class BatchedLocomotion(BatchedEnvs):
         self, live: np.ndarray, actions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         actions = np.clip(np.asarray(actions, np.float64), -1.0, 1.0)
-        if self._pool is None:
+        if self._pool is None or len(live) == 0:
             self._advance(live, actions)
         else:
             size = -(-len(live) // self._threads)

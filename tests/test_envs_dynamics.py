@@ -219,6 +219,19 @@ def test_batched_stepping_equals_gymnasium_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_a_batch_in_which_no_episode_is_left_moves_nothing(name):
+    family = get_family(name)
+    batch = make_batch(family, family.sample_tasks(seed=1).parameters[:2], threads=2)
+    before = batch.reset([0, 1])
+    batch.active[:] = False
+    result = batch.step(np.ones((2, family.act_dim), np.float32))
+    batch.close()
+    assert (result.observations == before).all()
+    assert not result.rewards.any()
+    assert not (result.terminated | result.truncated).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_second_episode_does_not_remember_the_first(name):
     family = get_family(name)
     tasks = family.sample_tasks(seed=1).parameters[:2]
