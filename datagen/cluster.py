@@ -11,6 +11,7 @@ from typing import Any
 from ..cluster import PATIENCE, Cluster, has_gpu, run_on_cluster, wait_until
 from ..datasets import is_sealed
 from ..envs import get_family
+from ..errors import FocalError
 from ..provenance import provenance
 from ..workers import Report
 from . import worker
@@ -81,8 +82,10 @@ class _Watch:
                 del self._left[task.index]
 
     def _look_for_failure(self, task: TaskJob) -> None:
-        progress = read_progress(task.learner_folder) or {}
-        failures = progress.get("failures", [])
+        try:
+            failures = (read_progress(task.learner_folder) or {}).get("failures", [])
+        except FocalError:  # being deleted, or damaged: which the node that needs it says of this task alone
+            return
         if len(failures) > self._failures.get(task.index, 0):
             self._failures[task.index] = len(failures)
             self._report(task.index, "retried", failures[-1])

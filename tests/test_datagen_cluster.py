@@ -8,7 +8,11 @@ import pytest
 
 from focal import FocalError
 from focal.datagen import GenerateRequest, Progress, generate, generate_settings
+from focal.datagen.cluster import _Watch
+from focal.datagen.learner import save_learner
+from focal.datagen.worker import TaskJob
 from focal.datasets import verify_collection
+from focal.envs import get_family
 from focal.settings import override
 
 TINY = override(
@@ -61,6 +65,21 @@ def test_a_node_that_dies_half_way_costs_nothing(tmp_path, two_nodes):
             if isinstance(value, np.ndarray):
                 assert np.array_equal(value, getattr(found, field.name)), (entry.index, field.name)
         assert made.tasks[entry.index].content == entry.content
+
+
+def test_a_learner_that_cannot_be_read_ends_no_watch(tmp_path):
+    """It may be half deleted, when its task has just been sealed on another machine."""
+    family = get_family("point")
+    parameters = family.sample_tasks(seed=4).parameters
+    tasks = [TaskJob(tmp_path, family.name, index, "train", parameters[index], TINY, 4, {}) for index in (0, 1)]
+    tasks[0].learner_folder.mkdir(parents=True)
+    (tasks[0].learner_folder / "learner.safetensors").write_bytes(b"cut")
+    save_learner(tasks[1].learner_folder, {}, {"failures": ["its actions were not finite"]})
+    reports = []
+    watch = _Watch(tasks, lambda *values: reports.append(values))
+    for _ in range(2):
+        watch.look()
+    assert reports == [(1, "retried", "its actions were not finite")]
 
 
 def test_an_address_where_nothing_answers(tmp_path):
