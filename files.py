@@ -37,8 +37,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers left in `folder`; only for a folder that this process alone writes to."""
-    for leftover in folder.glob(f"{TEMPORARY}*"):
+    """Delete what killed writers left in `folder`; only for a folder that this process alone writes to.
+
+    safetensors has temporary names of its own, such as .tmpCpVdAk.
+    """
+    for leftover in folder.glob(".tmp*"):
         leftover.unlink()
 
 

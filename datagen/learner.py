@@ -28,6 +28,7 @@ LEARNER_FILE = "learner.safetensors"
 def save_learner(folder: Path, tensors: Mapping[str, torch.Tensor], progress: Mapping[str, Any]) -> None:
     """Replace the learner file. `progress` holds JSON values, among them the chunk reached."""
     with atomic_path(folder / LEARNER_FILE) as path:
+        path.touch()  # where nothing can be written, an OSError that names the place, which safetensors' is not
         save_file(dict(tensors), path, metadata={"learner": json.dumps(progress)})
 
 

@@ -1,6 +1,7 @@
 """A fleet in training: own random numbers, right transitions, exact continuation, failures that stay alone."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 from focal.datagen import group as group_module
 from focal.datagen.fleet import Fleet, single_out
 from focal.datagen.group import group_size
-from focal.datagen.learner import read_progress
+from focal.datagen.learner import read_progress, save_learner
 from focal.datagen.settings import SacSettings
 from focal.envs import get_family
+from focal.files import TEMPORARY, remove_leftovers
 
 TINY = SacSettings(total_steps=200, hidden_sizes=(16, 16), batch_size=16, learning_starts=30)
 
@@ -164,6 +166,21 @@ def test_a_restored_fleet_continues_bit_for_bit(tmp_path):
     for fleet in (second, third):
         assert fleet.groups[0][1].updates == straight.groups[0][1].updates == 90
         same(fleet, straight)
+
+
+def test_where_a_learner_cannot_be_written_the_error_names_the_place():
+    with pytest.raises(OSError, match="/proc/"):  # where not even root can
+        save_learner(Path("/proc"), {"a": torch.zeros(1)}, {})
+
+
+def test_what_a_kill_leaves_of_a_learner_is_removed(tmp_path):
+    """Killed while safetensors writes under a temporary name of its own."""
+    fleet = new_fleet([0])
+    fleet.save(tmp_path)
+    (tmp_path / ".tmpCpVdAk").write_bytes(b"half")
+    (tmp_path / f"{TEMPORARY}learner.safetensors-1").write_bytes(b"half")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["learner.safetensors"]
 
 
 def test_a_nan_in_one_agent_reaches_no_other():

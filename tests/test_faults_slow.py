@@ -67,7 +67,7 @@ def assert_complete(path, expected):
     report = verify_collection(path)
     assert report.episodes == EPISODES, "an episode was lost or doubled"
     assert open_collection(path).content_hash == expected
-    assert not list(path.rglob(".tmp-*"))
+    assert not list(path.rglob(".tmp*"))
 
 
 def test_a_killed_run_resumes_bit_identical(tmp_path, make_collection):
