@@ -146,15 +146,15 @@ def group_size(settings: SacSettings) -> int:
 def record(compute: Callable[[], None], stack: SacStack) -> Callable[[], None]:
     """Capture `compute` as a CUDA graph. The runs that warm it up change the agents, whose state is put back."""
     before = {name: tensor.clone() for name, tensor in stack.tensors().items()}
-    updates = stack.updates
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
+    updates, graph = stack.updates, torch.cuda.CUDAGraph()
+    with torch.cuda.device(stack.log_temperature.device):  # of another device's work a graph records nothing
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                compute()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, stream=side):  # its default is of the first device ever used
             compute()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        compute()
     stack.load(before, updates)
     return graph.replay

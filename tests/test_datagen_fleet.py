@@ -83,6 +83,24 @@ def test_groups_do_not_change_what_is_drawn_or_learnt(monkeypatch):
         assert torch.allclose(value, split.tensors()[name], atol=1e-3), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_agents_draw_and_learn_what_they_do_on_a_cpu(tmp_path):
+    """On the last GPU, which is not the current one where there are several."""
+    device = f"cuda:{torch.cuda.device_count() - 1}"
+    here, there = (new_fleet(range(3), dtype=torch.float64, device=name) for name in ("cpu", device))
+    for fleet in (here, there):
+        train(fleet, 60)
+        fleet.save(tmp_path / fleet.groups[0][1].replay.device.type)
+    restored = new_fleet(range(3), dtype=torch.float64, device=device)
+    assert restored.restore(tmp_path / "cuda")
+    for fleet in (here, there, restored):
+        train(fleet, 60)
+    same(there, restored)
+    assert torch.allclose(replay(there).cpu(), replay(here), atol=1e-5)
+    for name, value in here.tensors().items():
+        assert torch.allclose(there.tensors()[name], value, atol=1e-6), name
+
+
 def test_a_stack_fills_the_cache():
     # two critics, 256 rows of 64 float32: 128 KiB a stack of one, so 32 fill 4 MiB
     assert group_size(SacSettings(hidden_sizes=(64, 64), batch_size=256)) == 32
