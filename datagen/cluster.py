@@ -65,7 +65,7 @@ class _Watch:
         self._report = on_report
         self._left = {t.index: t for t in tasks if not is_sealed(t.collection, t.index)}
         self._steps = dict.fromkeys(self._left, 0)
-        self._failures: dict[int, int] = {}
+        self._retried: set[int] = set()
 
     def look(self) -> None:
         """Report what is new since the last look."""
@@ -86,6 +86,6 @@ class _Watch:
             failures = (read_progress(task.learner_folder) or {}).get("failures", [])
         except FocalError:  # being deleted, or damaged: which the node that needs it says of this task alone
             return
-        if len(failures) > self._failures.get(task.index, 0):
-            self._failures[task.index] = len(failures)
+        if failures and task.index not in self._retried:  # once a command
+            self._retried.add(task.index)
             self._report(task.index, "retried", failures[-1])

@@ -115,7 +115,8 @@ def _train(tasks: Sequence[TaskJob], folder: Path, device: str, report: Report) 
             failed[slot] = fleet.parked[slot]
             single_out(folder, slot, tasks[slot].learner_folder, failed[slot])
             steps.take_back(slot)
-            report(tasks[slot].index, "retried", failed[slot])
+            if not alone:
+                report(tasks[slot].index, "retried", failed[slot])
         if fleet.saved_chunk != fleet.chunk and fleet.live:
             fleet.save(folder, left=gone | failed.keys())
         if not fleet.live or fleet.chunk == settings.checkpoints:

@@ -74,10 +74,10 @@ def test_a_learner_that_cannot_be_read_ends_no_watch(tmp_path):
     tasks = [TaskJob(tmp_path, family.name, index, "train", parameters[index], TINY, 4, {}) for index in (0, 1)]
     tasks[0].learner_folder.mkdir(parents=True)
     (tasks[0].learner_folder / "learner.safetensors").write_bytes(b"cut")
-    save_learner(tasks[1].learner_folder, {}, {"failures": ["its actions were not finite"]})
     reports = []
     watch = _Watch(tasks, lambda *values: reports.append(values))
-    for _ in range(2):
+    for failures in (1, 1, 2):
+        save_learner(tasks[1].learner_folder, {}, {"failures": ["its actions were not finite"] * failures})
         watch.look()
     assert reports == [(1, "retried", "its actions were not finite")]
 

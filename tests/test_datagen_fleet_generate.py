@@ -41,6 +41,7 @@ class Listener(Progress):
         elif what == "sealed":
             self.sealed.append(task)
         else:
+            assert task not in self.retried, "it is tried again once"
             self.retried[task] = value
 
 
@@ -150,7 +151,7 @@ def test_an_agent_that_fails_twice_is_listed_and_tried_again_by_the_next_command
     with monkeypatch.context() as patch:
         poison(patch, tasks_of(collection)[1], chunks=[2], attempts=(0, 1))
         with pytest.raises(FocalError, match=r"1 of 5 tasks failed, first task 1: .*not finite.* kept; run"):
-            generate(request(tmp_path / "point"))
+            generate(request(tmp_path / "point"), Listener())
         stores = sorted(path.name for path in (tmp_path / "point" / "tasks").iterdir())
         assert stores == [f"task_{index:04d}.zarr" for index in (0, 2, 3, 4)]
     listener = Listener()
