@@ -14,6 +14,8 @@ from .settings import GenerateSettings
 
 PROCESS_BYTES = 400 * 2**20  # Python with torch and MuJoCo, before any agent
 _GIB = 2**30
+_UNLIMITED = 2**62
+_OWN_GROUP, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def free_memory(device: str) -> int:
     """Return the bytes that can still be allocated: on a GPU, or in RAM within this process's control group."""
     if device != "cpu":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(_free_ram(), _free_in_group())
+    return min(_free_ram(), _free_in_groups())
 
 
 def _free_ram() -> int:
@@ -88,16 +90,23 @@ def _free_ram() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: all there is
 
 
-def _free_in_group() -> int:
-    """Room under the control group's limit (version 2), as containers and Slurm set it; what it caches can be freed."""
-    unlimited = 2**62
+def _free_in_groups() -> int:
+    """Room under the limits of all control groups (version 2) that this process is in: a container's, a Slurm job's."""
     try:
-        path = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].rpartition(":")[2]
-        group = Path("/sys/fs/cgroup") / path.lstrip("/")
+        path = _OWN_GROUP.read_text().strip().splitlines()[-1].rpartition(":")[2]
+    except (OSError, IndexError):
+        return _UNLIMITED
+    group = _GROUPS / path.lstrip("/")
+    return min(_free_in(folder) for folder in (group, *group.parents))
+
+
+def _free_in(group: Path) -> int:
+    """Room under one group's own limit; what it caches can be freed."""
+    try:
         limit = (group / "memory.max").read_text().strip()
         if limit == "max":
-            return unlimited
+            return _UNLIMITED
         fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return int(limit) - int((group / "memory.current").read_text()) + int(fields.get("inactive_file", 0))
-    except (OSError, ValueError):
-        return unlimited
+    except (OSError, ValueError):  # not a group, or the root, which has no limit
+        return _UNLIMITED

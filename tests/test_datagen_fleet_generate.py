@@ -319,6 +319,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monke
     assert not wanted.path.exists()
 
 
+def test_the_limit_of_an_outer_control_group_counts(tmp_path, monkeypatch):
+    """As Slurm sets it: for a job, whose tasks have groups of their own without a limit."""
+    task = tmp_path / "job_7" / "step_0" / "task_0"
+    task.mkdir(parents=True)
+    for group, limit, used in ((task.parents[1], 3 * 2**20, 2**20), (task.parent, "max", 2**20), (task, "max", 2**19)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text("anon 900\ninactive_file 1000\n")
+    (tmp_path / "own").write_text("0::/job_7/step_0/task_0\n")
+    monkeypatch.setattr(memory, "_OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    assert memory.free_memory("cpu") == 2 * 2**20 + 1000
+    (task / "memory.max").write_text(f"{2**20}\n")
+    assert memory.free_memory("cpu") == 2**19 + 1000
+
+
 def test_the_advice_of_a_refusal_would_fit():
     family, settings = get_family("cheetah-vel"), generate_settings("half-cheetah-vel", "paper")
     one = fleet_memory(family, 10, settings)
