@@ -6,7 +6,7 @@
 
 A seed is one number: the mean stochastic return of its agents, one on each task. Engines are compared with the
 reference by the interval of the difference of their last points (design section 9). Agents are saved at every point:
-run the same command again to continue. `bf16` is the fleet engine with `fleet.precision=bf16`.
+run the same command again to continue, or with more --seeds. `bf16` is the fleet engine with `fleet.precision=bf16`.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from focal.datagen.settings import SacSettings
 from focal.datagen.worker import as_policy
 from focal.envs import get_family
 from focal.envs.batch import make_batch, rollout
+from focal.errors import FocalError
 from focal.evaluation.figures import return_curves
 from focal.evaluation.statistics import difference_interval, seed_interval, verdict
 from focal.files import write_json
@@ -101,6 +102,17 @@ def work(job: Job, report: Report) -> None:
             path.unlink()
 
 
+def keep_to(folder: Path, asked: dict[str, Any]) -> None:
+    """Write down what is compared in `folder`. Raises `FocalError` where agents of another comparison are there."""
+    file = folder / "settings.json"
+    if not file.exists():
+        write_json(file, asked)
+    found = json.loads(file.read_text())
+    if found != asked:
+        other = ", ".join(name for name in asked if found[name] != asked[name])
+        raise FocalError(f"{folder} holds agents with another {other}; choose another --output, or rm -r {folder}")
+
+
 def jobs_of(arguments: argparse.Namespace, sac: SacSettings) -> list[Job]:
     """All agents, those of one seed together where the engine can."""
     tasks = tuple(int(task) for task in arguments.tasks.split(","))
@@ -163,6 +175,8 @@ def main() -> None:
     settings = override(generate_settings(arguments.env, "laptop"), parse_assignments(arguments.changes))
     sac = dataclasses.replace(settings.sac, total_steps=arguments.steps or settings.sac.total_steps)
     arguments.output = arguments.output or Path("parity") / arguments.env
+    names = ("env", "tasks", "points", "episodes")
+    keep_to(arguments.output, {name: getattr(arguments, name) for name in names} | {"sac": to_dict(sac)})
     jobs = jobs_of(arguments, sac)
 
     def progress(job: Job, point: int, mean: float) -> None:
