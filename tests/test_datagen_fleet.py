@@ -163,23 +163,24 @@ def same(first, second, slots=slice(None)):
         assert torch.equal(value[slots], second.tensors()[name][slots]), name
 
 
-def test_a_restored_fleet_continues_bit_for_bit(tmp_path):
-    straight = new_fleet(range(3))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_restored_fleet_continues_bit_for_bit(tmp_path, precision):
+    straight = new_fleet(range(3), precision=precision)
     for _ in range(3):
         train(straight, 40)
-    first = new_fleet(range(3))
+    first = new_fleet(range(3), precision=precision)
     assert not first.restore(tmp_path)
     first.save(tmp_path)
     train(first, 40)
     first.save(tmp_path)
     train(first, 40)  # killed here: this chunk was never saved
-    second = new_fleet(range(3))
+    second = new_fleet(range(3), precision=precision)
     assert second.restore(tmp_path)
     assert (second.chunk, second.steps, second.groups[0][1].updates) == (1, 40, 10)
     for _ in range(2):
         train(second, 40)
         second.save(tmp_path)
-    third = new_fleet(range(3))
+    third = new_fleet(range(3), precision=precision)
     assert third.restore(tmp_path)
     for fleet in (second, third):
         assert fleet.groups[0][1].updates == straight.groups[0][1].updates == 90

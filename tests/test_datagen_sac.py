@@ -230,7 +230,8 @@ def test_networks_start_as_torchs_linear_layers_do():
 def test_bf16_products_stay_near_fp32_and_the_parameters_are_fp32():
     settings = SacSettings(hidden_sizes=(64, 64, 64), batch_size=32)
     stacks = [SacStack(6, 2, 2, settings, low=low) for low in (False, True)]
-    batch, noise = torch.randn(2, 32, 16), torch.randn(2, 2, 64)
+    generator = torch.Generator().manual_seed(0)
+    batch, noise = torch.randn(2, 32, 16, generator=generator), torch.randn(2, 2, 64, generator=generator)
     for stack in stacks:
         stack.initialise([torch.Generator().manual_seed(k) for k in range(2)])
         stack.update(batch, noise)
@@ -239,4 +240,7 @@ def test_bf16_products_stay_near_fp32_and_the_parameters_are_fp32():
         expected, found = getattr(full, network).gradients, getattr(low, network).gradients
         assert found.dtype == getattr(low, network).parameters.dtype == torch.float32
         assert not torch.equal(found, expected)
-        assert (found - expected).norm() < 0.03 * expected.norm()
+        assert (found - expected).norm() < 0.1 * expected.norm(), "0.07 at most, and 0.02 on average, of 300 batches"
+    for network in (low.actor, low.critic, low.target):
+        for copy, weight in zip(network._low[1:-1], network.weights[1:-1], strict=True):
+            assert torch.equal(copy, weight.bfloat16()), "the copies follow every step"
