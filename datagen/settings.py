@@ -1,8 +1,9 @@
 """Stage one's settings: SAC, the engine that runs it, and the rollouts, per family and scale.
 
 Point robots need small networks and a large learning rate (64 x 64 and 1e-3 learn three times more in 3,000 steps
-than the stock settings). The MuJoCo families run SB3's stock settings at `paper` scale; at `laptop` scale 128 x 128 and
-1e-3, which on half-cheetah-vel learnt as much in a step at a third of the cost (one seed, docs/datasets.md).
+than the stock settings). The MuJoCo families run SB3's stock settings at `paper` scale, but for 1,000 random steps at
+first instead of 100; at `laptop` scale 128 x 128 and 1e-3, which on half-cheetah-vel learnt as much in a step at a
+third of the cost (one seed, docs/datasets.md).
 """
 
 import dataclasses
