@@ -38,8 +38,16 @@ def run_on_ray(
     watch = _Watch(tasks, on_report).look
     failures = run_on_cluster(functools.partial(_on_node, work), jobs, cluster, on_report, how_to_continue, watch)
     if not failures:
-        wait_until(lambda: all(is_sealed(task.collection, task.index) for task in tasks))
+        wait_until(lambda: all(_is_seen_whole(task) for task in tasks))
     return failures
+
+
+def _is_seen_whole(task: TaskJob) -> bool:
+    """Whether this machine sees the store and all policies of a task, which the collection's commit lists."""
+    steps = [task.checkpoint_step(checkpoint) for checkpoint in range(task.settings.checkpoints + 1)]
+    wanted = {f"{task.policy_path(step).name}.{suffix}" for step in steps for suffix in ("safetensors", "json")}
+    seen = {path.name for path in task.policy_path(0).parent.glob("step_*")}
+    return is_sealed(task.collection, task.index) and wanted <= seen
 
 
 def _on_node(work: Callable[[Any, Report], None], job: Any, report: Report) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from focal import FocalError
 from focal.datagen import GenerateRequest, Progress, generate, generate_settings
-from focal.datagen.cluster import _Watch
+from focal.datagen.cluster import _is_seen_whole, _Watch
 from focal.datagen.learner import save_learner
 from focal.datagen.worker import TaskJob
 from focal.datasets import verify_collection
@@ -80,6 +80,17 @@ def test_a_learner_that_cannot_be_read_ends_no_watch(tmp_path):
         save_learner(tasks[1].learner_folder, {}, {"failures": ["its actions were not finite"] * failures})
         watch.look()
     assert reports == [(1, "retried", "its actions were not finite")]
+
+
+def test_a_task_is_not_committed_before_this_machine_lists_all_its_policies(tmp_path):
+    """A network file system may go on showing an old list of names for a minute."""
+    made = generate(request(tmp_path / "point", n_train=1, checkpoints=2))
+    family = get_family("point")
+    task = TaskJob(made.path, family.name, 0, "train", {}, dataclasses.replace(TINY, checkpoints=2), 4, {})
+    assert _is_seen_whole(task)
+    last = task.policy_path(420).with_suffix(".json")
+    last.rename(tmp_path / "not seen yet")
+    assert not _is_seen_whole(task)
 
 
 def test_an_address_where_nothing_answers(tmp_path):
