@@ -3,10 +3,12 @@
     python benchmarks/stage_one.py                            # both families, a fleet of 16 per process
     python benchmarks/stage_one.py --families walker --agents 8 --json
     python benchmarks/stage_one.py --profile                  # where a fleet's CPU time goes
+    python benchmarks/stage_one.py --families half-cheetah-vel --agents 100 --device cuda   # one fleet on a GPU
 
 All engines run in turn, `--rounds` times, so that what else the machine does strikes all alike; a ratio is the median
 over rounds of two neighbours in time. The floor is the time the products of an update take at the speed of 256^3
-products, measured in the same round in as many processes. Every environment step is followed by one update.
+products, measured in the same round in as many processes. Every environment step is followed by one update. A fleet
+on a GPU is compared with stable-baselines3 in one process and in one per core of the same machine.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from focal.envs import TaskFamily, get_family
 from focal.provenance import provenance
 from focal.workers import available_cores
 
-ENGINES = ("sb3", "fleet fp32", "fleet bf16", "products")
+FLEETS = ("fleet fp32", "fleet bf16")
 WARM_UP = 60  # steps of every agent before the clock starts
 
 
@@ -66,29 +68,35 @@ def parameters(family: TaskFamily, count: int) -> list[Any]:
     return [tasks[index % len(tasks)] for index in range(count)]
 
 
-def new_fleet(family: TaskFamily, agents: int, precision: str) -> Fleet:
+def new_fleet(family: TaskFamily, agents: int, precision: str, device: str = "cpu") -> Fleet:
     """A fleet whose agents have nothing in common but the family."""
     seeds = [lambda chunk, attempt, task=task: 1000 * task + chunk for task in range(agents)]
-    return Fleet(family, parameters(family, agents), short(family), seeds, precision=precision)
+    return Fleet(family, parameters(family, agents), short(family), seeds, device, precision=precision)
 
 
-def trainer(engine: str, family: TaskFamily, agents: int) -> tuple[Any, int]:
+def trainer(engine: str, family: TaskFamily, agents: int, device: str) -> tuple[Any, int]:
     """Return what trains `n` steps of all its agents when called, and how many agents those are."""
     if engine == "sb3":
         agent = SacAgent(family, parameters(family, 1)[0], short(family), lambda chunk: chunk)
         return lambda steps: agent.train_chunk(steps, lambda done: None), 1
-    fleet = new_fleet(family, agents, engine.removeprefix("fleet "))
-    return lambda steps: fleet.train_chunk(steps, lambda slots, done: None), agents
+    fleet = new_fleet(family, agents, engine.removeprefix("fleet "), device)
+
+    def train(steps: int) -> None:
+        fleet.train_chunk(steps, lambda slots, done: None)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return train, agents
 
 
-def work(engine: str, family_name: str, agents: int, seconds: float, barrier: Any, results: Any) -> None:
+def work(engine: str, family_name: str, agents: int, device: str, seconds: float, barrier: Any, results: Any) -> None:
     """One process: warm up, wait for the others, train for `seconds`, report."""
     torch.set_num_threads(1)
     if engine == "products":
         a, b, out = torch.randn(4, 256, 256), torch.randn(4, 256, 256), torch.empty(4, 256, 256)
         per_call, call = 4 * 2 * 256**3, lambda: torch.bmm(a, b, out=out)
     else:
-        train, count = trainer(engine, get_family(family_name), agents)
+        train, count = trainer(engine, get_family(family_name), agents, device)
         train(WARM_UP)
         # long enough that the fresh episode at the start of each chunk does not count
         steps = max(10, 200 // count)
@@ -104,12 +112,21 @@ def work(engine: str, family_name: str, agents: int, seconds: float, barrier: An
     results.put({"rate": done / wall, "cpu": cpu / done, "mib": mib})
 
 
-def measure(engine: str, family: TaskFamily, arguments: argparse.Namespace) -> dict[str, float]:
-    """Run one engine in all processes at once; rates add up."""
+def cases_of(arguments: argparse.Namespace) -> dict[str, tuple[str, int]]:
+    """What runs in turn, and in how many processes; "sb3" is what the others are compared with."""
+    count = arguments.processes
+    if arguments.device == "cpu":
+        return {engine: (engine, count) for engine in ("sb3", *FLEETS, "products")}
+    fleets = {engine: (engine, 1) for engine in FLEETS}
+    return {"sb3": ("sb3", 1), f"sb3, {count} processes": ("sb3", count), **fleets, "products": ("products", count)}
+
+
+def measure(engine: str, count: int, family: TaskFamily, arguments: argparse.Namespace) -> dict[str, float]:
+    """Run one engine in `count` processes at once; rates add up."""
     context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(arguments.processes), context.Queue()
-    settings = (engine, family.name, arguments.agents, arguments.seconds, barrier, results)
-    processes = [context.Process(target=work, args=settings) for _ in range(arguments.processes)]
+    barrier, results = context.Barrier(count), context.Queue()
+    settings = (engine, family.name, arguments.agents, arguments.device, arguments.seconds, barrier, results)
+    processes = [context.Process(target=work, args=settings) for _ in range(count)]
     for process in processes:
         process.start()
     found = [results.get(timeout=600) for _ in processes]
@@ -124,8 +141,11 @@ def measure(engine: str, family: TaskFamily, arguments: argparse.Namespace) -> d
 
 def compare(family: TaskFamily, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All engines in turn, `rounds` times; medians."""
-    rounds = [{engine: measure(engine, family, arguments) for engine in ENGINES} for _ in range(arguments.rounds)]
-    settings = short(family)
+    cases, settings = cases_of(arguments), short(family)
+    rounds = [
+        {name: measure(engine, count, family, arguments) for name, (engine, count) in cases.items()}
+        for _ in range(arguments.rounds)
+    ]
 
     def median(engine: str, name: str) -> float:
         return statistics.median(one[engine][name] for one in rounds)
@@ -139,17 +159,18 @@ def compare(family: TaskFamily, arguments: argparse.Namespace) -> list[dict[str,
         {
             "family": family.name,
             "networks": "x".join(map(str, settings.hidden_sizes)),
-            "engine": engine,
-            "agents": arguments.processes * (1 if engine == "sb3" else arguments.agents),
-            "updates/s": round(median(engine, "rate")),
-            "env steps/s": round(median(engine, "rate") * settings.update_every / settings.updates_each),
-            "times sb3": round(ratio(engine, "rate"), 2),
-            "CPU ms per update": round(1e3 * median(engine, "cpu"), 3),
-            "times sb3, CPU": round(ratio(engine, "cpu"), 2),
-            "share of fp32 floor": round(median(engine, "rate") * products / median("products", "rate"), 2),
-            "MiB per process": round(median(engine, "mib")),
+            "engine": name,
+            "agents": count * (1 if engine == "sb3" else arguments.agents),
+            "updates/s": round(median(name, "rate")),
+            "env steps/s": round(median(name, "rate") * settings.update_every / settings.updates_each),
+            "times sb3": round(ratio(name, "rate"), 2),
+            "CPU ms per update": round(1e3 * median(name, "cpu"), 3),
+            "times sb3, CPU": round(ratio(name, "cpu"), 2),
+            "share of the CPUs' fp32 floor": round(median(name, "rate") * products / median("products", "rate"), 2),
+            "MiB per process": round(median(name, "mib")),
         }
-        for engine in ENGINES[:-1]
+        for name, (engine, count) in cases.items()
+        if engine != "products"
     ]
 
 
@@ -203,6 +224,7 @@ def main() -> None:
     parser.add_argument("--families", default="half-cheetah-fwd-back,sparse-point-robot", help="comma-separated")
     parser.add_argument("--agents", type=int, default=16, help="in a fleet (default 16)")
     parser.add_argument("--processes", type=int, default=available_cores(), help="side by side (default: all cores)")
+    parser.add_argument("--device", default="cpu", help="of the fleets: cpu (default), cuda")
     parser.add_argument("--seconds", type=float, default=10.0, help="measured per engine and round (default 10)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="only show where one process's CPU time goes")
