@@ -30,7 +30,7 @@ from .trainer.settings import TrainSettings, hidden_widths
 
 # FOCAL's own laptop networks, which its results were measured with, are smaller than its rivals' 3 x 256.
 _LAPTOP_NETWORKS = ("focal:encoder_hidden=256,256,256", "focal:control_hidden=256,256,256")
-# Sizes at which a laptop run of any method takes at most 15 minutes on two busy cores (docs/benchmarks.md).
+# Sizes meant for laptop runs of at most 15 minutes on two busy cores; what a step costs: docs/benchmarks.md.
 _LAPTOP_BATCHES = ("batch_size=64", "context_size=128", "mbml:context_size=64")
 _LAPTOP_POINT = (*_LAPTOP_BATCHES, "steps=5000", "meta_batch=8", "mbml:teachers.steps=1500")
 _LAPTOP_MANY = (*_LAPTOP_BATCHES, "steps=8000")
@@ -183,7 +183,7 @@ def comparison_name(family: str, quality: str, scale: str) -> str:
 def equal_terms(family: str, scale: str, algo: str) -> tuple[str, ...]:
     """Return what a comparison sets otherwise than `focal-cli train`, as `--set` takes it.
 
-    At laptop scale the same networks for all, and sizes that let a run end in a quarter of an hour; elsewhere nothing.
+    At laptop scale the same networks for all, and sizes meant for runs of a quarter of an hour; elsewhere nothing.
     """
     if scale != "laptop":
         return ()

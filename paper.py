@@ -3,7 +3,8 @@
 Departures from the paper's pictures: the horizontal axis is gradient steps, since nothing here copies transitions from
 buffer to buffer; returns of the two-task families are the mean of both directions, where the paper plots one;
 embeddings are of contexts that training never saw. The sparse point robot of figure 3 shows all four methods; the paper
-left out two that earned nothing there (section 5.1, footnote).
+left out two that earned nothing there (section 5.1, footnote). At laptop scale the runs of figures 3, 4, 6, 10 and 11
+are as short as `focal-cli compare` makes them, and "full length" is that.
 """
 
 import dataclasses

@@ -223,8 +223,7 @@ def test_a_task_whose_references_cannot_be_measured_stays_open(collection, tmp_p
     patch_training.undo()
 
 
-def test_a_damaged_learner_says_what_to_delete_and_loses_no_episode(collection, tmp_path, monkeypatch, here):
-    wanted = request(tmp_path / "point")
+def killed_at_chunk_two(wanted, monkeypatch):
     real = Fleet.save
 
     def killed(self, folder, left=()):
@@ -236,6 +235,11 @@ def test_a_damaged_learner_says_what_to_delete_and_loses_no_episode(collection, 
         patch.setattr(Fleet, "save", killed)
         with pytest.raises(Killed):
             generate(wanted)
+
+
+def test_a_damaged_learner_says_what_to_delete_and_loses_no_episode(collection, tmp_path, monkeypatch, here):
+    wanted = request(tmp_path / "point")
+    killed_at_chunk_two(wanted, monkeypatch)
     folder = wanted.path / "staging" / "learners" / "fleet_0000"
     learner = folder / "learner.safetensors"
     assert read_progress(folder)["chunk"] == 2
@@ -250,17 +254,8 @@ def test_a_damaged_learner_of_a_task_that_left_its_fleet(collection, tmp_path, m
     """What the fleet went on computing in the slot that the task left is never taken for an agent."""
     poison(monkeypatch, tasks_of(collection)[1], chunks=[2])
     expected = generate(request(tmp_path / "straight"))
-    wanted, real = request(tmp_path / "point"), Fleet.save
-
-    def killed(self, folder, left=()):
-        real(self, folder, left)
-        if self.chunk == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Fleet, "save", killed)
-        with pytest.raises(Killed):
-            generate(wanted)
+    wanted = request(tmp_path / "point")
+    killed_at_chunk_two(wanted, monkeypatch)
     for name in ("task_0001", "fleet_0000"):
         folder = wanted.path / "staging" / "learners" / name
         if name == "task_0001":
