@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## Make the virtual environment with pinned versions
 
-quickstart: $(READY) ## The whole pipeline on sparse-point-robot: data, training, meta-test, pictures (about 10 minutes)
+quickstart: $(READY) ## The whole pipeline on sparse-point-robot: data, training, meta-test, pictures (about 4 minutes)
 	$(CLI) data generate --env point --tasks 20/5 --set fleet.size=13 --stores quickstart/stores
 	$(CLI) train --env point --data mixed --set steps=5000 --name first --resume --stores quickstart/stores --runs quickstart/runs
 	$(CLI) test --stores quickstart/stores --runs quickstart/runs
