@@ -55,7 +55,7 @@ class Job:
 
     @property
     def result(self) -> Path:
-        """Where the mean returns are kept, a list over points for every task."""
+        """Where the mean returns are kept, a list over points for every task, and the machine that measured them."""
         return self.folder / "returns.json"
 
 
@@ -96,7 +96,7 @@ def work(job: Job, report: Report) -> None:
         if learner.chunk == job.points:
             break
         learner.train_chunk(job.step(learner.chunk + 1) - job.step(learner.chunk), lambda *_: None)
-    write_json(job.result, {"returns": np.transpose(returns).tolist()})
+    write_json(job.result, {"returns": np.transpose(returns).tolist(), "provenance": provenance()})
     for path in job.folder.iterdir():
         if path != job.result:
             path.unlink()
