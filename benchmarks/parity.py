@@ -113,11 +113,16 @@ def keep_to(folder: Path, asked: dict[str, Any]) -> None:
         raise FocalError(f"{folder} holds agents with another {other}; choose another --output, or rm -r {folder}")
 
 
+def chosen_seeds(text: str) -> list[int]:
+    """`3` as seeds 0, 1 and 2; `0,1,7` as these."""
+    return [int(seed) for seed in text.split(",")] if "," in text else list(range(int(text)))
+
+
 def jobs_of(arguments: argparse.Namespace, sac: SacSettings) -> list[Job]:
     """All agents, those of one seed together where the engine can."""
     tasks = tuple(int(task) for task in arguments.tasks.split(","))
     jobs = []
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for engine in arguments.engines.split(","):
             shares = [(task,) for task in tasks] if engine == "sb3" else [tasks]
             for share in shares:
@@ -164,7 +169,7 @@ def main() -> None:
     parser.add_argument("--engines", default="sb3,fleet", help="of sb3, fleet, bf16 (default sb3,fleet)")
     parser.add_argument("--reference", default="sb3")
     parser.add_argument("--tasks", default="0,1,2,3,4,5,6,7,8,9", help="numbers in the family's list of seed 0")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=chosen_seeds, default="5", help="how many, or which: 5, or 0,1,7 (default 5)")
     parser.add_argument("--steps", type=int, help="environment steps an agent (default: the laptop scale's)")
     parser.add_argument("--points", type=int, default=10, help="of the curve, after the untrained policy")
     parser.add_argument("--episodes", type=int, default=20, help="at each point")
