@@ -44,7 +44,7 @@ def seed_interval(per_seed: Sequence[float] | np.ndarray, confidence: float = 0.
     mean = float(values.mean())
     if values.size == 1:
         return Interval(mean, None, None, 1)
-    if np.ptp(values) == 0:
+    if _all_same(values):
         return Interval(mean, mean, mean, len(values))
     if values.size < BOOTSTRAP_FROM:
         half = float(scipy.stats.t.ppf(0.5 + confidence / 2, values.size - 1) * scipy.stats.sem(values))
@@ -69,7 +69,7 @@ def difference_interval(
     mean, seeds = float(one.mean() - two.mean()), min(one.size, two.size)
     if seeds == 1:
         return Interval(mean, None, None, 1)
-    if np.ptp(one) == 0 and np.ptp(two) == 0:
+    if _all_same(one) and _all_same(two):
         return Interval(mean, mean, mean, seeds)
     if seeds < BOOTSTRAP_FROM:
         bounds = scipy.stats.ttest_ind(one, two, equal_var=False).confidence_interval(confidence)
@@ -83,6 +83,11 @@ def difference_interval(
         rng=np.random.default_rng(0),
     )  # fmt: skip
     return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high), seeds)
+
+
+def _all_same(values: np.ndarray) -> bool:
+    """Whether values differ by no more than rounding, which has no interval: BCa's is NaN there."""
+    return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
 
 
 def verdict(difference: Interval, span: float) -> str:

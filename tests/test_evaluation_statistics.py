@@ -38,6 +38,27 @@ def test_one_seed_has_no_interval():
         seed_interval([])
 
 
+def test_nine_seeds_have_a_t_interval_and_ten_a_bootstrap():
+    values = np.random.default_rng(6).exponential(size=10)
+    for count, same in ((9, True), (10, False)):
+        interval = seed_interval(values[:count])
+        t = scipy.stats.t.interval(0.95, count - 1, loc=interval.mean, scale=scipy.stats.sem(values[:count]))
+        assert ((interval.low, interval.high) == pytest.approx(t)) is same
+    assert probability_of_improvement(values[:9, None], values[:, None]).low is None
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+@pytest.mark.parametrize("count", [3, 12])
+def test_seeds_that_differ_by_rounding_alone_have_an_interval_of_no_width(count):
+    values = [0.1] * (count - 1) + [np.nextafter(0.1, 1.0)]
+    interval = seed_interval(values)
+    assert interval.low == interval.high == interval.mean == pytest.approx(0.1)
+    difference = difference_interval(values, [0.3] * count)
+    assert difference.low == difference.high == pytest.approx(-0.2)
+    spread = difference_interval(values, np.linspace(0.2, 0.4, count))
+    assert spread.low < spread.mean < spread.high, "one that does not vary, and one that does"
+
+
 def test_from_ten_seeds_it_is_a_bootstrap_of_seeds():
     values = np.random.default_rng(0).exponential(size=12)
     interval = seed_interval(values)
@@ -106,6 +127,8 @@ def test_difference_bootstraps_the_seeds_of_both_from_ten():
         (-0.05, 0.09, "not distinguishable"),
         (0.01, 0.09, "not distinguishable"),  # a difference that is there and too small to matter
         (-0.05, 0.3, "undecided"),
+        (-0.05, 0.11, "undecided"),
+        (0.01, 0.11, "better"),
         (None, None, "undecided"),
     ],
 )
@@ -135,6 +158,12 @@ def test_probability_of_improvement_has_an_interval_from_ten_seeds():
     first, second = rng.normal(0.5, 1.0, (12, 4)), rng.normal(0.0, 1.0, (10, 4))
     found = probability_of_improvement(first, second)
     assert 0.0 < found.low < found.mean < found.high < 1.0
+    # by resampling whole seeds of both with other draws, which move an end by about 0.01
+    draws, again = np.random.default_rng(8), []
+    for _ in range(1000):
+        one, two = first[draws.integers(12, size=12)], second[draws.integers(10, size=10)]
+        again.append((one[:, None] > two).mean())
+    assert (found.low, found.high) == pytest.approx(np.quantile(again, [0.025, 0.975]), abs=0.04)
     certain = probability_of_improvement(first + 100, second)
     assert (certain.low, certain.mean, certain.high) == (1.0, 1.0, 1.0)
 
