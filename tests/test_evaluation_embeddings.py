@@ -29,9 +29,9 @@ def test_one_pile_is_not_apart_at_all():
 
 
 def test_spread_is_of_the_tasks_means_not_of_single_contexts():
-    # contexts of one task at +-0.9 around its mean: single contexts are far apart, the means are one pile
-    noise = np.where(np.arange(10) % 2, 0.9, -0.9)[None, :, None]
-    assert spread(np.zeros((6, 1, 3)) + noise)["esr"] == 0.0
+    # contexts of a task at +-0.9 around its mean, in an order of its own: far apart each, and the means are one pile
+    noise = np.where((np.arange(10) + np.arange(6)[:, None]) % 2, 0.9, -0.9)
+    assert spread(np.repeat(noise[:, :, None], 3, axis=-1))["esr"] == 0.0
     assert spread(np.zeros((1, 4, 3))) == {}
 
 

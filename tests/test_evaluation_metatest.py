@@ -1,15 +1,28 @@
 """Meta-testing with agents whose behaviour is known: what each condition must measure."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from focal import FocalError
-from focal.envs import get_family
+from focal.envs import get_family, make_batch
 from focal.envs.point_robot import SparsePointRobotEnv, straight_line_action, straight_line_return
 from focal.evaluation import OfflineTransitions, meta_test, quick_test, select_test_tasks
-from focal.evaluation.embeddings import embed_contexts
-from focal.evaluation.metatest import EXPERT, RIGHT, UNTRAINED, WRONG, ZERO, TaskReturns
+from focal.evaluation.embeddings import embed_contexts, embed_tasks
+from focal.evaluation.metatest import (
+    EXPERT,
+    RIGHT,
+    UNTRAINED,
+    WRONG,
+    ZERO,
+    TaskReturns,
+    half_way_round,
+    play_agent,
+    reference_returns,
+    task_centroids,
+)
 from focal.trainer.diagnostics import embedding_metrics
 from focal.trainer.networks import TanhGaussianPolicy
 from focal.trainer.policies import save_policy
@@ -80,6 +93,11 @@ def test_the_right_context_gives_the_optimum_and_the_wrong_one_another_tasks_goa
         assert result.conditions[WRONG].dense[k].mean() < -final_gap * 5
 
 
+def test_half_way_round_is_the_task_least_like_it():
+    assert half_way_round(np.arange(6), 6).tolist() == [3, 4, 5, 0, 1, 2]
+    assert half_way_round(np.repeat(np.arange(5), 2), 5).tolist() == [2, 2, 3, 3, 4, 4, 0, 0, 1, 1]
+
+
 def test_tasks_are_in_the_order_of_their_angle(tasks):
     angles = [np.arctan2(*entry.record.params["goal"][::-1]) for entry in tasks.entries]
     assert angles == sorted(angles)
@@ -114,6 +132,109 @@ def test_tasks_whose_expert_failed_are_left_out_of_the_score(make_collection, tm
     assert result.score(RIGHT) == pytest.approx(scores[2])
     with_expert = select_test_tasks(collection, "expert")
     assert with_expert.skipped == (3,)
+
+
+def with_references(tasks, **returns):
+    """The same test tasks with reference returns of their own."""
+    entries = []
+    for entry in tasks.entries:
+        references = dataclasses.replace(entry.record.references, **returns)
+        entries.append(dataclasses.replace(entry, record=dataclasses.replace(entry.record, references=references)))
+    return dataclasses.replace(tasks, entries=tuple(entries))
+
+
+def test_references_are_deterministic_and_in_the_reported_reward(tasks):
+    known = with_references(
+        tasks,
+        random_returns=np.array([-50.0]), expert_returns=np.array([-40.0]),
+        random_deterministic=np.array([-30.0, -32.0]), expert_deterministic=np.array([-20.0]),
+        random_sparse_deterministic=np.array([1.0]), expert_sparse_deterministic=np.array([6.0, 8.0]),
+    )  # fmt: skip
+    untrained, expert = reference_returns(known)
+    assert (untrained.tolist(), expert.tolist()) == ([1.0] * TASKS, [7.0] * TASKS)
+    dense = dataclasses.replace(known, family=get_family("wind"))  # a family without a sparse reward
+    untrained, expert = reference_returns(dense)
+    assert (untrained.tolist(), expert.tolist()) == ([-31.0] * TASKS, [-20.0] * TASKS)
+    imported = with_references(tasks, random_sparse_deterministic=(), expert_sparse_deterministic=())
+    assert np.isnan(reference_returns(imported)).all()
+
+
+def test_an_expert_no_better_than_the_untrained_policy_is_not_counted(tasks):
+    backwards = with_references(
+        tasks, random_sparse_deterministic=np.array([5.0]), expert_sparse_deterministic=np.array([5.0])
+    )
+    result = meta_test(GoalReader(), Idle(), backwards, OfflineTransitions(32), 1, 0)
+    assert not result.counted.any()
+    assert result.score(RIGHT) is None
+
+
+def test_the_first_observations_are_said_to_be_such(tasks):
+    class Listener(Idle):
+        told = []  # noqa: RUF012 (one test's own class)
+
+        def act(self, observations, embeddings, at_reset=False):
+            self.told.append(at_reset)
+            return super().act(observations, embeddings)
+
+    envs = make_batch(tasks.family, [entry.record.params for entry in tasks.entries])
+    play_agent(envs, Listener(), np.zeros((TASKS, 2)), [0] * TASKS)
+    assert Listener.told == [True] + [False] * 19
+
+
+class Sampler(GoalReader):
+    """Embeds a context as the sum of its rewards: another context, another embedding."""
+
+    def embed(self, context):
+        return context[..., 4:].sum(dim=1)
+
+
+def test_centroids_are_of_other_contexts_than_those_tested(tasks):
+    own = np.repeat(np.arange(TASKS), 20)
+    tested = embed_contexts(Sampler(), tasks.contexts, own, Sampler.settings.context_size, seed=0)
+    centroids = task_centroids(Sampler(), tasks, seed=0)
+    assert centroids.shape == (TASKS, 1)
+    assert (centroids[:, 0] != tested.reshape(TASKS, 20).mean(axis=1)).all()
+
+
+class TestEmbedTasks:
+    """Embeddings for the pictures: of contexts that training never saw."""
+
+    @pytest.fixture(scope="class")
+    def mixed(self, make_collection, tmp_path_factory):
+        """Six training tasks and two unseen ones; no two steps alike, so that a step tells its episode."""
+        return make_collection(tmp_path_factory.mktemp("stores") / "point", tasks=8, test=2, skills=(0.0, 0.02, 0.5))
+
+    def test_they_are_each_tasks_own_in_the_familys_order(self, mixed):
+        found = embed_tasks(GoalReader(), mixed, "mixed", draws=3, seed=0)
+        assert found.embeddings.shape == (8, 3, 2)
+        goals = np.array([mixed.task(index).record.params["goal"] for index in found.tasks])
+        assert found.embeddings == pytest.approx(np.repeat(goals[:, None], 3, axis=1), abs=1e-2)
+        assert found.unseen == tuple(mixed.task(index).split == "test" for index in found.tasks)
+        assert found.of(unseen=True) == pytest.approx(found.embeddings[np.array(found.unseen)])
+        assert len(found.of(unseen=True)) == 2
+        points, task_of = found.points
+        assert points[4] == pytest.approx(found.embeddings[1, 1])
+        assert task_of.tolist() == sorted([*range(8)] * 3)
+
+    def test_some_are_chosen_along_the_whole_order(self, mixed):
+        every = embed_tasks(GoalReader(), mixed, "mixed", 1, 0).tasks
+        assert embed_tasks(GoalReader(), mixed, "mixed", 1, 0, most=3).tasks == (every[0], every[4], every[7])
+
+    def test_training_never_saw_them(self, mixed):
+        class Reader(Sampler):
+            seen = []  # noqa: RUF012 (one test's own class)
+
+            def embed(self, context):
+                self.seen.append(context[..., 2:4].reshape(-1, 2).numpy())
+                return super().embed(context)
+
+        embed_tasks(Reader(), mixed, "mixed", 20, 0)
+        trained = {row.tobytes() for _, data in mixed.load_training("mixed") for row in data.actions}
+        assert not any(row.tobytes() in trained for row in np.concatenate(Reader.seen))
+
+    def test_tasks_trained_and_tested_on_are_not_unseen(self, make_collection, tmp_path):
+        both = make_collection(tmp_path / "both", tasks=2, both=True)
+        assert embed_tasks(GoalReader(), both, "mixed", 2, 0).unseen == (False, False)
 
 
 def test_same_seed_same_numbers_and_every_episode_its_own_context(tasks, result):

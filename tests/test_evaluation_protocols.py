@@ -12,8 +12,8 @@ from focal import FocalError, UsageError
 from focal.datasets import Transitions
 from focal.envs import get_family, make_batch, rollout
 from focal.envs.point_robot import straight_line_action
-from focal.evaluation import OfflineTransitions, context_source, meta_test, metatest, select_test_tasks
-from focal.evaluation.metatest import RIGHT, WRONG, ZERO, play_agent
+from focal.evaluation import OfflineTransitions, context_source, meta_test, metatest, protocols, select_test_tasks
+from focal.evaluation.metatest import RIGHT, WRONG, ZERO, episode_seeds, play_agent, play_experts
 from focal.evaluation.protocols import (
     MbmlOnline,
     OfflineEpisodes,
@@ -170,6 +170,65 @@ def test_shift_draws_transitions_from_as_many_episodes_as_hold_them(tasks, envs)
     assert recorder.seen[0].shape == (TASKS * EPISODES, 30, 5)
 
 
+def test_shift_policies_are_stochastic_and_of_the_contexts_quality(collection, monkeypatch):
+    read = []
+
+    def noisy(collection, stem):
+        read.append(stem)
+        policy = constant_policy([0.0, 0.0])
+        policy.log_std_min = policy.log_std_max = -1.0
+        return policy
+
+    monkeypatch.setattr(protocols, "read_policy", noisy)
+    expert = select_test_tasks(collection, "expert")
+    envs = make_batch(expert.family, [entry.record.params for entry in expert.entries for _ in range(EPISODES)])
+    recorder = Recorder()
+    ShiftEpisodes(2).gather(recorder, expert, envs, seed=0)
+    actions = recorder.seen[0][:, :, 2:4]
+    assert len({step.tobytes() for step in actions.reshape(-1, 2)}) == TASKS * EPISODES * 40, "no two steps alike"
+    steps = {
+        f"policies/task_{entry.index:04d}/step_{step:09d}"
+        for entry in expert.entries
+        for episodes in [collection.load(entry.index)]
+        for step in set(episodes.sac_steps[episodes.qualities == 3].tolist())
+    }
+    assert set(read) <= steps
+    assert {name[:20] for name in read} == {name[:20] for name in steps}, "every task's"
+
+
+def test_transitions_of_a_shifted_context_are_drawn_at_random(tasks, envs):
+    first, second = Recorder(), Recorder()
+    Shift(20).gather(first, tasks, envs, seed=0)
+    ShiftEpisodes(1).gather(second, tasks, envs, seed=0)
+    assert first.seen[0].shape == second.seen[0].shape
+    repeated = [len(np.unique(context, axis=0)) for context in first.seen[0]]
+    assert max(repeated) < 20, "with replacement, some come twice"
+    assert first.seen[0] != pytest.approx(second.seen[0])
+
+
+def test_wrong_contexts_are_half_way_round_an_odd_number_of_tasks(tasks):
+    three = dataclasses.replace(tasks, entries=tasks.entries[:3], contexts=tasks.contexts[:3])
+    envs = make_batch(three.family, [entry.record.params for entry in three.entries for _ in range(2)])
+    goals = np.array([entry.record.params["goal"] for entry in three.entries])
+    for source in (OfflineTransitions(20), Online(1)):
+        contexts = source.gather(GoalReader(), three, envs, seed=0)
+        assert contexts.embeddings == pytest.approx(np.repeat(goals, 2, axis=0), abs=2e-2)
+        assert contexts.wrong == pytest.approx(np.repeat(goals[[1, 2, 0]], 2, axis=0), abs=2e-2)
+
+
+def test_experts_are_each_tasks_own(tasks, envs):
+    played = play_experts(envs, tasks, EPISODES, [0] * len(envs.tasks))
+    for m, actions in enumerate(played.actions):
+        expected = direction(tasks.entries[m // EPISODES].index)
+        assert actions == pytest.approx(np.tile(expected, (20, 1)), abs=1e-3)
+
+
+def test_episodes_that_gather_a_context_have_seeds_of_their_own():
+    seeds = [episode_seeds(0, 50), episode_seeds(0, 50, 1), episode_seeds(0, 50, 2)]
+    assert len({seed for stream in seeds for seed in stream}) == 150
+    assert episode_seeds(0, 60)[:50] == seeds[0]
+
+
 def test_shift_needs_behaviour_policies(tasks, envs):
     bare = dataclasses.replace(tasks, collection=dataclasses.replace(tasks.collection, files={}))
     with pytest.raises(FocalError, match=r"has no policies/task_\d+/step_\d+.json: --protocol shift rolls"):
@@ -222,8 +281,18 @@ def test_mbmls_protocol_starts_from_the_prior_and_reports_the_last_three(tasks):
 
 
 def test_online_embeds_everything_gathered_so_far(tasks, envs):
-    recorder = Recorder()
+    class Explorer(Recorder):
+        told = []  # noqa: RUF012 (one test's own class)
+
+        def act(self, observations, embeddings, deterministic=True, generator=None, at_reset=False):
+            self.told.append((deterministic, np.abs(embeddings).max()))
+            return super().act(observations, embeddings, deterministic, generator)
+
+    recorder = Explorer()
     Online(3).gather(recorder, tasks, envs, seed=0)
+    assert not any(deterministic for deterministic, _ in recorder.told), "it explores"
+    assert [largest for _, largest in recorder.told[:20]] == [0.0] * 20, "without a context: embedding 0"
+    assert recorder.told[20][1] > 0
     assert [context.shape[1] for context in recorder.seen] == [20, 40, 60]
     assert (recorder.seen[2][:, :40] == recorder.seen[1]).all()
 
