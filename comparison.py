@@ -18,7 +18,7 @@ from .envs import get_family
 from .errors import DivergedError, FocalError, UsageError, did_you_mean
 from .evaluation import Interval, over_seeds, probability_of_improvement
 from .evaluation.metatest import RIGHT, UNTRAINED, WRONG, MetaTestResult
-from .evaluation.run_figures import logged
+from .evaluation.run_figures import logged, return_name
 from .evaluation.tables import write_table
 from .experiment import PlannedRun, RunTest, TrainProgress, TrainRequest, plan_run, raise_failure, test_run, train_jobs
 from .files import write_json
@@ -297,8 +297,7 @@ def draw_curves(folder: Path, name: str, tests: dict[str, RunTest]) -> list[Path
     curves = {algo: seeds for algo, seeds in curves.items() if all(seeds.values())}
     if not curves:
         return []
-    sparse = get_family(next(iter(tests.values())).run.family).sparse
-    label = "sparse return" if sparse else "return"
+    label = return_name(next(iter(tests.values())).run.family)
     return figures.return_curves(folder / "return_curves.png", {name: curves}, [label])
 
 

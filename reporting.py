@@ -11,11 +11,10 @@ import numpy as np
 from .commands import flatten, generate_command, test_command, train_command
 from .console import quality_rows, task_rows
 from .datasets import QUALITIES, Collection, Selection
-from .envs import get_family
 from .evaluation import CONDITIONS, Interval, TestTasks, plots, seed_interval
 from .evaluation.animation import HEIGHT, WIDTH, is_point, play_some, point_paths, render_frames
 from .evaluation.report import Page, command, heading3, paragraph, render_page, table
-from .evaluation.run_figures import logged
+from .evaluation.run_figures import context_curves, logged, return_name
 from .experiment import TEST_FORMAT, test_run, testable
 from .files import write_text
 from .settings import to_dict
@@ -37,7 +36,10 @@ def write_report(run_dirs: Sequence[Path], stores: Path, output: Path, rollouts:
 
     Raises `FocalError` when a run is not fully trained or its collection is not found.
     """
-    pages = [run_page(run_dir, stores, output, f"run{number}", rollouts) for number, run_dir in enumerate(run_dirs)]
+    again = shlex.join(
+        ["focal-cli", "report", *map(str, run_dirs), "-o", str(output), *([] if rollouts else ["--no-rollouts"])]
+    )
+    pages = [run_page(run_dir, stores, again, f"run{number}", rollouts) for number, run_dir in enumerate(run_dirs)]
     title = pages[0].title if len(pages) == 1 else f"{len(pages)} runs"
     introduction = (
         "Offline meta-reinforcement learning: trained on logged data alone, tested on tasks from logged contexts."
@@ -46,8 +48,8 @@ def write_report(run_dirs: Sequence[Path], stores: Path, output: Path, rollouts:
     return output
 
 
-def run_page(run_dir: Path, stores: Path, output: Path, prefix: str, rollouts: bool) -> Page:
-    """Gather one run's page."""
+def run_page(run_dir: Path, stores: Path, again: str, prefix: str, rollouts: bool) -> Page:
+    """Gather one run's page; `again` is the command that writes the report."""
     run, tasks = testable(run_dir, stores, None)
     tests = saved_tests(run_dir, run)
     document = main_test(tests, run)
@@ -68,7 +70,7 @@ def run_page(run_dir: Path, stores: Path, output: Path, prefix: str, rollouts: b
         add_rollouts(page, run_dir, run, tasks, document)
     add_data(page, collection)
     add_settings(page, run)
-    add_commands(page, run_dir, run, collection, document, tests, output)
+    add_commands(page, run_dir, run, collection, document, tests, again)
     return page
 
 
@@ -125,9 +127,8 @@ def add_results(
         page.add("Results", page.plot(plots.profile(scores), "Performance profile"))
     for sweep in (test for test in tests if test["format"] == SWEEP_FORMAT):
         heading = f"How many transitions are enough ({sweep['quality']} context)"
-        page.add(
-            "Results", page.plot(plots.sweep(sweep, _return_of(run)), heading), command(test_command(run_dir, sweep))
-        )
+        drawn = plots.sweep(sweep, return_name(run.family))
+        page.add("Results", page.plot(drawn, heading), command(test_command(run_dir, sweep)))
     others = [test for test in tests if test["format"] == TEST_FORMAT]
     if len(others) > 1:
         page.add("Results", heading3("All meta-tests of this run"), table([test_row(run_dir, test) for test in others]))
@@ -140,7 +141,7 @@ def condition_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     summary = {name: document["summary"][name] for name in CONDITIONS if name in document["summary"]}
     shown = [measure for measure in headings if any(row[measure] for row in summary.values())]
     return [
-        {"condition": name} | {headings[measure]: str(_interval(row[measure])) for measure in shown}
+        {"condition": name} | {headings[measure]: _interval(row[measure]) for measure in shown}
         for name, row in summary.items()
     ]
 
@@ -148,8 +149,8 @@ def condition_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def embedding_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Task accuracy, ESR, RMS and effective dimensions with intervals over seeds."""
     seeds = list(document["seeds"].values())
-    rows = [{"measure": "task accuracy", "value": str(_interval(document["task_accuracy"]))}]
-    rows[0]["measure"] += f" (chance {1 / len(seeds[0]['tasks']):.2f})"
+    chance = 1 / len(seeds[0]["tasks"])
+    rows = [{"measure": f"task accuracy (chance {chance:.2f})", "value": _interval(document["task_accuracy"])}]
     for name, words in (("esr", "ESR"), ("rms", "RMS"), ("dimensions", "effective dimensions")):
         if name in seeds[0]:
             rows.append({"measure": words, "value": str(seed_interval([seed[name] for seed in seeds]))})
@@ -179,9 +180,9 @@ def test_row(run_dir: Path, test: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "protocol": test["protocol"],
         "context": f"{quality}, {test['context_size']} {test['context_unit']}",
-        "return": str(_interval(right["mean"])),
-        "normalised score": str(_interval(right["score"])),
-        "task accuracy": str(_interval(test["task_accuracy"])),
+        "return": _interval(right["mean"]),
+        "normalised score": _interval(right["score"]),
+        "task accuracy": _interval(test["task_accuracy"]),
         "command": test_command(run_dir, test),
     }
 
@@ -207,18 +208,16 @@ def add_embeddings(page: Page, run_dir: Path, document: Mapping[str, Any]) -> No
 def add_training(page: Page, run_dir: Path, run: Run) -> None:
     """Meta-test returns during training, then everything that training logged."""
     seeds = run.source.seeds
-    named = {"right context": "test/return", "wrong context": "test/wrong_context_return"}
-    curves = {name: logged(run_dir, seeds, "evaluation", key) for name, key in named.items()}
-    curves = {name: curve for name, curve in curves.items() if all(curve.values())}
-    if curves:
+    if curves := context_curves(run_dir, seeds):
         note = (
             "Two episodes a task at each point, on other episode seeds than the results. Command: see the Commands tab."
         )
-        page.add("Training", page.plot(plots.curves(curves, _return_of(run)), "Return on the test tasks", note))
+        drawn = plots.curves(curves, return_name(run.family))
+        page.add("Training", page.plot(drawn, "Return on the test tasks", note))
     rows: Any = read_rows(seed_folder(run_dir, seeds[0]) / "metrics.jsonl")
     keys = sorted({key for row in rows for key in row if "/" in key and not key.startswith(WALL_CLOCK)})
-    curves = {key: {seed: _thin(c) for seed, c in logged(run_dir, seeds, "metrics", key).items()} for key in keys}
-    small = [page.plot(plots.seed_lines(values, key), key) for key, values in curves.items() if all(values.values())]
+    lines = {key: {seed: _thin(c) for seed, c in logged(run_dir, seeds, "metrics", key).items()} for key in keys}
+    small = [page.plot(plots.seed_lines(values, key), key) for key, values in lines.items() if all(values.values())]
     page.add("Training", heading3("Everything that training logged", "A line per seed."), page.grid(small))
 
 
@@ -227,9 +226,8 @@ def add_rollouts(page: Page, run_dir: Path, run: Run, tasks: TestTasks, document
     seed = run.source.seeds[0]
     played = play_some(load_agent(run_dir, seed), tasks, document["context_size"], document["test_seed"])
     returns = played.right.returns if played.right.sparse_returns is None else played.right.sparse_returns
-    captions = [
-        f"task {index}: {_return_of(run)} {value:.2f}" for index, value in zip(played.tasks, returns, strict=True)
-    ]
+    name = return_name(run.family)
+    captions = [f"task {index}: {name} {value:.2f}" for index, value in zip(played.tasks, returns, strict=True)]
     note = f"Seed {seed}, deterministic, one episode a task, with a context of {document['context_size']} transitions."
     if is_point(tasks.family):
         colours = "Blue: right context. Orange: the context of the task half-way round. Red circle: goal region."
@@ -302,7 +300,7 @@ def add_settings(page: Page, run: Run) -> None:
 
 def add_commands(
     page: Page, run_dir: Path, run: Run, collection: Collection, document: Mapping[str, Any],
-    tests: Sequence[Mapping[str, Any]], output: Path,
+    tests: Sequence[Mapping[str, Any]], again: str,
 ) -> None:  # fmt: skip
     """The commands that make everything on this page again, in order."""
     generated = generate_command(collection)
@@ -311,20 +309,12 @@ def add_commands(
     page.add("Commands", heading3("2. Training"), command(train_command(run_dir, run, collection)))
     lines = dict.fromkeys([test_command(run_dir, document), *(test_command(run_dir, test) for test in tests)])
     page.add("Commands", heading3("3. Meta-tests"), *map(command, lines))
-    page.add(
-        "Commands",
-        heading3("4. This page"),
-        command(shlex.join(["focal-cli", "report", str(run_dir), "-o", str(output)])),
-    )
+    page.add("Commands", heading3("4. This report"), command(again))
 
 
-def _return_of(run: Run) -> str:
-    """What the family's results are called on an axis."""
-    return "sparse return" if get_family(run.family).sparse else "return"
-
-
-def _interval(saved: Mapping[str, Any] | None) -> Interval | None:
-    return None if saved is None else Interval(**saved)
+def _interval(saved: Mapping[str, Any] | None) -> str | None:
+    """A saved interval as a table shows it; None where there is no such number."""
+    return None if saved is None else str(Interval(**saved))
 
 
 def _pairs(values: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ BACKENDS = ("egl", "osmesa")
 
 @dataclass(frozen=True)
 class Played:
-    """The first episode of some test tasks, with the right context and, where there are two tasks, with the wrong."""
+    """An episode of some test tasks, with the right context and, where there are two tasks, with the wrong."""
 
     tasks: tuple[int, ...]  # indices in the collection
     parameters: tuple[Any, ...]

@@ -57,7 +57,8 @@ def return_curves(
 def _draw_curve(axis: Any, number: int, name: str, seeds: Mapping[int, Mapping[int, float]]) -> None:
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
     steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
-    label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+    number_of = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    label = f"{name} ({number_of if steps else 'no meta-test logged'})"
     intervals = [seed_interval([curve[step] for curve in seeds.values()]) for step in steps]
     means = [interval.mean for interval in intervals]
     every = max(1, len(steps) // 8)
@@ -118,9 +119,12 @@ def embeddings_by_task(
 
 
 def in_the_plane(embeddings: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
-    """Return points (n, 2 or less) to draw embeddings (n, L) at, and what they are: "t-SNE" or "embedding"."""
-    if embeddings.shape[1] <= 2 or len(embeddings) <= 4:  # t-SNE needs neighbours
-        return embeddings, "embedding"
+    """Return points (n, 2 or less) to draw embeddings (n, L) at, and what they are: "t-SNE" or "embedding".
+
+    t-SNE needs neighbours, and in scikit-learn 1.9 it kills the process where all points are one: a collapsed encoder.
+    """
+    if embeddings.shape[1] <= 2 or len(embeddings) <= 4 or np.ptp(embeddings, axis=0).max() < 1e-6:
+        return embeddings[:, :2], "embedding"
     perplexity = min(30.0, (len(embeddings) - 1) / 3.0)
     return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(embeddings), "t-SNE"
 
@@ -214,7 +218,7 @@ def returns_by_quality(path: Path, returns: Mapping[str, np.ndarray], title: str
         return save(figure, path)
 
 
-def behaviour_data(path: Path, collection: Collection) -> None:
+def behaviour_data(path: Path, collection: Collection, both: bool = True) -> list[Path]:
     """Draw a collection's behaviour data from its episode tables: returns along training, and their distribution."""
     tables = [entry.store.read_table() for entry in collection.tasks]
     if path.suffix not in (".png", ".svg", ".pdf"):
@@ -225,7 +229,7 @@ def behaviour_data(path: Path, collection: Collection) -> None:
             steps, checkpoint = np.unique(table["sac_steps"], return_inverse=True)
             means = np.bincount(checkpoint, weights=table["returns"]) / np.bincount(checkpoint)
             left.plot(steps, means, color=COLOURS[0], lw=0.8, alpha=max(0.15, 1 / len(tables)))
-        left.set(xlabel="SAC steps of the behaviour policy", ylabel="mean return", title="each line is a task")
+        left.set(xlabel="SAC steps of the behaviour policy", ylabel="mean dense return", title="each line is a task")
         every = np.concatenate([table["returns"] for table in tables])
         bins = np.linspace(every.min(), every.max() + 1e-9, 41)
         right.hist(every, bins, color=QUALITY_COLOURS["mixed"], label=f"mixed ({len(every):,})")
@@ -234,10 +238,10 @@ def behaviour_data(path: Path, collection: Collection) -> None:
             if len(returns):
                 right.hist(returns, bins, color=QUALITY_COLOURS[quality], histtype="step", lw=1.6,
                            label=f"{quality} ({len(returns):,})")  # fmt: skip
-        right.set(xlabel="return of an episode", ylabel="episodes", title="by quality")
+        right.set(xlabel="dense return of an episode", ylabel="episodes", title="by quality")
         right.legend(frameon=False)
         figure.suptitle(f"{collection.name} {collection.version}, {len(tables)} tasks")
-        save(figure, path, both=False)
+        return save(figure, path, both)
 
 
 def save(figure: Any, path: Path, both: bool = True) -> list[Path]:

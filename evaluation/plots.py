@@ -118,7 +118,7 @@ def behaviour(steps: Sequence[Sequence[int]], means: Sequence[Sequence[float]], 
          "opacity": 0.5, "showlegend": False}
         for x, y, name in zip(steps, means, names, strict=True)
     ]  # fmt: skip
-    return plot(data, "SAC steps of the behaviour policy", "mean return", hovermode="closest")
+    return plot(data, "SAC steps of the behaviour policy", "mean dense return", hovermode="closest")
 
 
 def histograms(returns: Mapping[str, np.ndarray]) -> Plot:
@@ -130,7 +130,7 @@ def histograms(returns: Mapping[str, np.ndarray]) -> Plot:
         counts = np.histogram(values, edges)[0].tolist()
         look = {"name": f"{quality} ({len(values):,})", "marker": {"color": QUALITY_COLOURS[quality]}, "opacity": 0.65}
         data.append({"type": "bar", "x": ((edges[1:] + edges[:-1]) / 2).tolist(), "y": counts, **look})
-    result = plot(data, "return of an episode", "episodes")
+    result = plot(data, "dense return of an episode", "episodes")
     result["layout"] |= {"barmode": "overlay", "bargap": 0}
     return result
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..datasets import QUALITIES, Collection, Quality
+from ..datasets import QUALITIES, Collection, Quality, Selection
 from ..envs import get_family
 from ..envs.batch import env_class
 from ..trainer.journal import read_rows
@@ -27,9 +27,9 @@ def draw_run(run_dir: Path, run: Run, collection: Collection, results: Mapping[i
     folder, result = run_dir / "figures", next(iter(results.values()))
     where = "held-out context" if result.heldout_only else "unseen tasks"
     saved = []
-    if curves := _curves(run_dir, results):
-        ylabel = f"{'sparse return' if get_family(run.family).sparse else 'return'} on {where}"
+    if curves := context_curves(run_dir, results):
         title = f"{run.family}, {run.source.quality} data"
+        ylabel = f"{return_name(run.family)} on {where}"
         saved += figures.return_curves(folder / "return_curve.png", {title: curves}, [ylabel])
     count, episodes, latent = result.embeddings.shape
     points = result.embeddings.reshape(count * episodes, latent), np.repeat(np.arange(count), episodes)
@@ -44,9 +44,9 @@ def draw_data(path: Path, collection: Collection) -> list[Path]:
     """Draw episodes by quality: paths of some test tasks' point robots, or a histogram of all returns."""
     family = get_family(collection.family)
     if not is_point(family):
-        loaded = [collection.load(entry.index) for entry in collection.tasks]
+        tables = [entry.store.read_table() for entry in collection.tasks]
         returns = {
-            level: np.concatenate([e.returns[e.qualities == Quality[level.upper()]] for e in loaded])
+            level: np.concatenate([table["returns"][Selection(level).mask(table)] for table in tables])
             for level in LEVELS
         }
         return figures.returns_by_quality(path, returns, f"{family.name}: episodes by quality")
@@ -65,7 +65,12 @@ def draw_data(path: Path, collection: Collection) -> list[Path]:
     )
 
 
-def _curves(run_dir: Path, seeds: Iterable[int]) -> dict[str, dict[int, dict[int, float]]]:
+def return_name(family: str) -> str:
+    """What the returns that a family reports are called; the returns of behaviour data are always dense."""
+    return "sparse return" if get_family(family).sparse else "return"
+
+
+def context_curves(run_dir: Path, seeds: Iterable[int]) -> dict[str, dict[int, dict[int, float]]]:
     """`curves[name][seed][step]` from the meta-tests logged during training; names that lack a seed are left out."""
     keys = {"right context": "test/return", "wrong context": "test/wrong_context_return"}
     curves = {name: logged(run_dir, seeds, "evaluation", key) for name, key in keys.items()}

@@ -1,13 +1,15 @@
 """What a reader takes from a picture: names, colours and which episodes; read back from the SVG, where text is text."""
 
 import re
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from focal.evaluation import figures
+from focal.evaluation import Interval, figures
 from focal.evaluation.run_figures import draw_data
+from focal.evaluation.tables import markdown
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,45 @@ def test_episodes_by_quality_are_of_tasks_spread_over_the_goals(make_collection,
     tasks = [text for text in shown if text.startswith("task ")]
     assert tasks == ["task 3", "task 5", "task 7", "task 9", "task 11"], "the first, the last and some between"
     assert {"random", "medium", "expert"} <= set(shown)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.1])
+def test_a_collapsed_encoder_is_drawn_as_the_pile_it_is(value):
+    """t-SNE of points that are all the same kills the process."""
+    pile = np.full((40, 5), value, np.float32)
+    points, kind = figures.in_the_plane(pile)
+    assert kind == "embedding"
+    assert (points == pile[:, :2]).all()
+    two = np.repeat(np.array([[1.0, 1, 1], [-1, 1, 1]], np.float32), 20, axis=0)
+    points, kind = figures.in_the_plane(two)
+    assert kind == "t-SNE"
+    assert np.isfinite(points).all()
+
+
+def test_context_sizes_have_returns_on_the_left_and_accuracy_on_the_right(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update(axes=figure.axes) or plt.close(figure))
+    values = {("return", 1): 2.0, ("return", 10): 8.0, ("accuracy", 1): 0.25, ("accuracy", 10): 0.9}
+    sweep = SimpleNamespace(
+        sizes=[1, 10],
+        expert_return=9.0,
+        tasks=SimpleNamespace(entries=range(5), quality="mixed"),
+        over_seeds=lambda measure, size: Interval(values[measure, size], None, None, 1),
+    )
+    figures.context_size_curve(tmp_path / "x.png", {"point": sweep}, {"point": "sparse return"})
+    left, right = drawn["axes"]
+    assert (left.get_ylabel(), right.get_ylabel()) == ("sparse return", "task accuracy")
+    assert list(left.lines[0].get_ydata()) == [2.0, 8.0]
+    assert list(right.lines[0].get_ydata()) == [0.25, 0.9]
+    assert set(left.lines[1].get_ydata()) == {9.0}, "the experts' return"
+    assert set(right.lines[1].get_ydata()) == {0.2}, "chance of five tasks"
+    assert left.get_title() == "point, mixed data"
+
+
+def test_tables_show_large_numbers_in_full():
+    assert markdown([{"transitions": 21012.4, "share": 0.123456, "none": None, "count": 123456}]).splitlines()[2] == (
+        "| 21012 | 0.1235 | - | 123456 |"
+    )
 
 
 def test_markers_and_colours_tell_as_many_lines_apart():

@@ -4,20 +4,23 @@ import html.parser
 import json
 import re
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from focal import commands, experiment, settings
+from focal import commands, experiment, reporting, settings
 from focal.cli import main
 from focal.datagen import generate_settings
 from focal.datasets import open_collection
 from focal.envs import get_family, make_batch, rollout
 from focal.evaluation import Interval, animation, plots
 from focal.evaluation.report import Page, render_page, table
-from focal.reporting import task_scores
+from focal.experiment import TEST_FORMAT
+from focal.reporting import main_test, saved_tests, task_scores
+from focal.sweeps import SWEEP_FORMAT
 from focal.trainer.methods import METHODS, train_settings
 
 from .chromium import chromium_tab, find_chromium
@@ -85,6 +88,7 @@ def test_it_holds_the_numbers_and_their_commands(report, point_run):
         assert str(Interval(**main_test["summary"][condition]["mean"])) in text
     for document in tests.values():
         assert commands.test_command(run, document) in text
+    assert shlex.join(["focal-cli", "report", str(run), str(run), "-o", str(report)]) in text, "of both runs"
     collection = open_collection(point_run[1] / "sparse-point-robot")
     for fact in (collection.content_hash, collection.licence, "--env point", "context_reward", "Software and hardware"):
         assert fact in text
@@ -123,6 +127,57 @@ def test_scores_keep_their_tasks_names_where_an_expert_failed():
     assert (drawn["x"], drawn["y"]) == (["task 4", "task 9"], [0.5, 0.9])
     failed = seed | {"expert_passed": [False] * 3}
     assert task_scores({"seeds": {"0": failed}}) == ([], {})
+
+
+def test_what_does_not_exist_is_a_dash_in_a_table():
+    interval = {"mean": 1.0, "low": None, "high": None, "seeds": 1}
+    test = {
+        "protocol": "offline", "context_size": 8, "context_unit": "transitions", "episodes": 2, "test_seed": 0,
+        "summary": {"right context": {"mean": interval, "score": None}}, "task_accuracy": interval,
+        "seeds": {"0": {"quality": "mixed"}},
+    }  # fmt: skip
+    row = reporting.test_row(Path("runs/x"), test)
+    assert row["normalised score"] is None
+    assert row["return"] == "1.00 (1 seed)"
+    assert "<td>-</td>" in table([row])
+
+
+def test_the_main_test_is_that_of_trainings_own_conditions():
+    usual = {
+        "format": TEST_FORMAT, "protocol": "offline", "context_unit": "transitions", "context_size": 32, "episodes": 5,
+        "seeds": {"0": {"quality": "mixed"}, "1": {"quality": "mixed"}},
+    }  # fmt: skip
+    run = SimpleNamespace(
+        settings=SimpleNamespace(context_size=32), source=SimpleNamespace(seeds=(0, 1), quality="mixed")
+    )
+    longest = usual | {"episodes": 20}
+    others = [
+        usual | {"protocol": "shift", "episodes": 99},
+        usual | {"context_unit": "episodes", "episodes": 99},
+        usual | {"context_size": 8, "episodes": 99},
+        usual | {"seeds": {"0": {"quality": "mixed"}}, "episodes": 99},
+        usual | {"seeds": {"0": {"quality": "expert"}, "1": {"quality": "expert"}}, "episodes": 99},
+        {"format": SWEEP_FORMAT},
+    ]
+    assert main_test([usual, *others, longest], run) is longest
+    assert main_test(others, run) is None
+
+
+def test_tests_of_other_data_or_of_fewer_steps_are_not_shown(tmp_path):
+    run = SimpleNamespace(content_hash="c0ffee", settings=SimpleNamespace(total_steps=10))
+    good = {"format": TEST_FORMAT, "collection": {"content_hash": "c0ffee"}, "gradient_steps": 10}
+    (tmp_path / "tests").mkdir()
+    documents = [
+        good,
+        good | {"gradient_steps": 5},
+        good | {"collection": {"content_hash": "bad"}},
+        {"format": "x"},
+        [],
+    ]
+    for number, document in enumerate(documents):
+        (tmp_path / "tests" / f"{number}.json").write_text(json.dumps(document))
+    (tmp_path / "tests" / "cut.json").write_text('{"format": "focal-te')
+    assert saved_tests(tmp_path, run) == [good]
 
 
 def test_error_bars_reach_both_ends_of_an_interval_that_is_not_symmetric():
