@@ -1,12 +1,12 @@
 """Stage two: FOCAL and its rivals, meta-trained on stores. Knows no environment, so it is offline by construction.
 
-Follow one training step of FOCAL through five files: `training.py` (steps, logs, checkpoints), `replay.py` (batches),
-`focal.py` (the encoder's update and loss), `control.py` (the actor-critic's), `distance.py` and `divergence.py` (the
-mathematics); the networks themselves are in `networks.py` and `encoder.py`. The rivals: `batch_pearl.py` (with
-`control.py`), `contextual_bcq.py` (with `bcq.py`), `mbml.py` (with `bcq.py` and `mbml_teachers.py`). `loop.py` composes
-a run, `methods.py` lists the methods; `inference.py` and `exporting.py` hand a trained policy to its
-user. Nothing is re-exported here: stage one imports `trainer.networks` and
-`trainer.policies` alone, without paying for the rest.
+Follow one training step of FOCAL through five files: `focal.py` (train_step; the encoder's update and loss),
+`replay.py` (batches), `control.py` (the actor-critic's), `distance.py` and `divergence.py` (the mathematics). What they
+use is in `networks.py` and `encoder.py` (the networks), `agent.py` (states) and `optimisers.py`; `training.py` takes
+step after step, with logs and checkpoints. The rivals: `batch_pearl.py` (with `control.py`), `contextual_bcq.py` (with
+`bcq.py`), `mbml.py` (with `bcq.py` and `mbml_teachers.py`). `loop.py` composes a run, `methods.py` lists the methods;
+`inference.py` and `exporting.py` hand a trained policy to its user. Nothing is re-exported here: stage one imports
+`trainer.networks` and `trainer.policies` alone, without paying for the rest.
 
 Where a design choice of the paper acts, by setting (settings.py lists them all, and what each family differs in):
 
