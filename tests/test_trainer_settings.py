@@ -12,6 +12,8 @@ FAMILIES = [
     "walker-2d-params",
 ]  # fmt: skip
 
+ADAPTIVE = {"regularisation.kind": "policy", "regularisation.adaptive": "true"}
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scale", SCALES)
@@ -77,6 +79,10 @@ def test_wrong_settings_are_refused_at_once(changes: dict, message: str):
         ({"distance.form": "released", "distance.power": "1"}, "--set distance.form=paper"),
         ({"schedule": "encoder-first"}, "--set encoder_steps=1500"),
         ({"log_std_min": "1"}, "log_std_min"),
+        ({"regularisation.alpha_min": "3000"}, r"alpha_min is above regularisation\.alpha_max"),
+        ({**ADAPTIVE, "regularisation.alpha": "1e6"}, r"to 2000\.0; --set .*max=1000000\.0"),
+        ({**ADAPTIVE, "regularisation.alpha": "0"}, r"--set .*alpha=0\.001"),
+        ({"encoder_after": "decaying"}, "--set schedule=encoder-first"),
     ],
 )
 def test_settings_wrong_together_are_refused_by_check(changes: dict, message: str):

@@ -214,8 +214,15 @@ class ControlSettings(TrainSettings):
         """Raise `UsageError` for settings that are each fine and wrong together."""
         if self.log_std_min > self.log_std_max:
             raise UsageError(f"log_std_min={self.log_std_min} is above log_std_max={self.log_std_max}")
-        if self.regularisation.alpha_min > self.regularisation.alpha_max:
+        rule = self.regularisation
+        if rule.alpha_min > rule.alpha_max:
             raise UsageError("regularisation.alpha_min is above regularisation.alpha_max")
+        adapts = rule.adaptive and rule.kind != "none"
+        if adapts and not rule.alpha_min <= rule.alpha <= rule.alpha_max:
+            above = rule.alpha > rule.alpha_max
+            remedy = f"alpha_max={rule.alpha}" if above else f"alpha={rule.alpha_min}"
+            raise UsageError(f"regularisation.alpha={rule.alpha} is adaptive and outside its bounds, {rule.alpha_min} "
+                             f"to {rule.alpha_max}; --set regularisation.{remedy}")  # fmt: skip
         self._check_released()
 
     def _check_released(self) -> None:
@@ -290,6 +297,9 @@ class FocalSettings(ControlSettings):
             )
         if self.schedule == "encoder-first" and self.encoder_steps == 0:
             raise UsageError("schedule=encoder-first with encoder_steps=0 freezes an untrained encoder; "
+                             "--set encoder_steps=1500")  # fmt: skip
+        if self.encoder_after == "decaying" and self.schedule == "joint":
+            raise UsageError("encoder_after=decaying has no effect here; --set schedule=encoder-first "
                              "--set encoder_steps=1500")  # fmt: skip
         if self.released.discard_bellman and self.gradients != "coupled":
             raise UsageError("released.discard_bellman=true has no effect here; --set gradients=coupled")
