@@ -335,8 +335,9 @@ def _cells(found: Measured, measured: Mapping[str, Measured]) -> dict[str, Any]:
         texts["return"] = f"diverged at step {steps}"
     cells["return"] = texts.pop("return")
     cells["difference"] = _difference(found, measured.get(found.row.against or ""))
-    minutes = found.numbers["minutes"]
-    return {**cells, **texts, "seeds": len(found.seeds), "minutes a seed": f"{sum(minutes) / len(minutes):.1f}"}
+    minutes = found.numbers["minutes"]  # none where a run diverged before its first log row
+    spent = f"{sum(minutes) / len(minutes):.1f}" if minutes else "-"
+    return {**cells, **texts, "seeds": len(found.seeds), "minutes a seed": spent}
 
 
 def _difference(found: Measured, other: Measured | None) -> str:

@@ -46,20 +46,27 @@ def test_every_row_is_possible_and_differs_from_its_own_comparison_in_one_choice
         frozenset({"schedule", "steps"}), frozenset({"schedule", "steps", "encoder_steps"}),
         frozenset({"context_draws", "task_replacement"}), frozenset({"encoder.kind", "distance.weight"}),
         frozenset({"regularisation.kind", "regularisation.alpha", "regularisation.alpha_max"}),
-        frozenset({"regularisation.kind", "regularisation.alpha", "regularisation.alpha_max", "gradients"}),
     }  # fmt: skip
-    seen = set()
+    seen, coupled = set(), set()
     for name, row in rows.items():
         if row.against is not None:
             assert row.against in seen, "the list is in an order in which it can be trained"
             names = frozenset(changed(family, scale, rows, name))
             assert len(names) == 1 or names in together, (name, names)
+            ours, theirs = (settings_of(family, scale, each) for each in (row, rows[row.against]))
+            assert ours.total_steps == theirs.total_steps
+            coupled |= {ours.regularisation.kind} if names == {"gradients"} else set()
+            if any(each.startswith(("regularisation.", "released.p", "released.n")) for each in names):
+                assert ours.regularisation.kind == "none" or ours.regularisation.alpha > 0, name
+                assert {ours.regularisation.kind, theirs.regularisation.kind} != {"none"}, name
         seen.add(name)
     resolved = [json.dumps(to_dict(settings_of(family, scale, row))) for row in rows.values()]
     assert len(set(resolved)) == len(resolved), "no row twice"
     wanted = {"power-inverse", "power-linear", "power-square", "probabilistic", "probabilistic-no-metric", "coupled",
-              "wasserstein", "D1", "D2", "D3", "D4", "D6", "D7"}  # fmt: skip
+              "wasserstein", "D1", "D2", "D3", "D4", "D6", "D7", "released-distance"}  # fmt: skip
     assert wanted <= set(rows)
+    assert coupled == {"none", "value-penalty", "policy"}
+    assert {settings_of(family, scale, row).schedule for row in rows.values()} == {"joint", "encoder-first"}
 
 
 def test_rows_of_the_point_robots_state_their_alpha_and_are_as_long_as_their_comparison():
@@ -118,7 +125,9 @@ def test_a_diverged_row_says_so():
     found = dataclasses.replace(measured(rows, "D6", []), diverged=stop, seeds=(0,), numbers={"minutes": [0.1]})
     (line,) = table_rows({"D6": found}, rows)
     assert line["return"] == "diverged at step 40 (seed 0)"
-    assert line["difference"] == "-"
+    assert (line["difference"], line["minutes a seed"]) == ("-", "0.1")
+    (line,) = table_rows({"D6": dataclasses.replace(found, numbers={"minutes": []})}, rows)  # before its first log row
+    assert line["minutes a seed"] == "-"
 
 
 def cli(*arguments, code=0):
