@@ -15,6 +15,7 @@ from focal.trainer.exporting import export_policy
 from focal.trainer.files import sha256
 from focal.trainer.loop import load_agent, train
 from focal.trainer.replay import TaskReplay
+from focal.trainer.runs import read_run
 
 from .trainer_toys import two_episodes, walk_data, with_settings
 
@@ -26,11 +27,20 @@ CHANGES = {
 }
 
 
+def walks():
+    """Walks whose observations are not already as `observation_scale` would have them."""
+    data = walk_data()
+    for task in data.tasks:
+        task.observations[:] *= (3, 5)
+    return data
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "toy"
     for seed in (3, 4):
-        train(folder, walk_data(), with_settings(**CHANGES), seed)
+        train(folder, walks(), with_settings(**CHANGES), seed)
+    assert read_run(folder).transform.scale == pytest.approx((3, 5), rel=0.2)
     return folder
 
 
@@ -45,7 +55,7 @@ def arrays_of(task) -> dict[str, np.ndarray]:
 
 
 def test_a_loaded_policy_infers_and_acts_as_meta_testing_does(run: Path):
-    task, policy, agent = walk_data().tasks[1], focal.load_policy(run), load_agent(run, 3)
+    task, policy, agent = walks().tasks[1], focal.load_policy(run), load_agent(run, 3)
     assert (policy.seed, focal.load_policy(run, 4).seed) == (3, 4)
     replay = TaskReplay([task], agent.transform, agent.settings)
     expected = agent.embed(replay.context_at(torch.arange(len(task.rows))[None]))[0].numpy()
@@ -74,13 +84,22 @@ def test_a_loaded_policy_infers_and_acts_as_meta_testing_does(run: Path):
     ],
 )
 def test_contexts_that_do_not_fit_are_refused(run: Path, change, message: str):
-    arrays = arrays_of(walk_data().tasks[0])
+    arrays = arrays_of(walks().tasks[0])
     change(arrays)
     with pytest.raises(FocalError, match=message):
         focal.load_policy(run).embed(arrays)
     dense = dataclasses.replace(two_episodes(), infos={})
     with pytest.raises(FocalError, match="lacks 'rewards'"):
         focal.load_policy(run).embed(dense)
+
+
+def test_observations_and_embeddings_that_do_not_fit_are_refused(run: Path):
+    policy = focal.load_policy(run)
+    with pytest.raises(FocalError, match="observations have 3 columns"):
+        policy.act(np.zeros(3), np.zeros(3))
+    for embedding in (np.zeros(2), np.zeros((1, 3))):
+        with pytest.raises(FocalError, match=r"the embedding has shape .*, this run's are \(3,\)"):
+            policy.act(np.zeros(2), embedding)
 
 
 def test_a_missing_seed_names_the_command(run: Path, tmp_path: Path):
@@ -92,7 +111,7 @@ def test_a_missing_seed_names_the_command(run: Path, tmp_path: Path):
 
 def test_an_exported_policy_computes_the_same_in_onnxruntime(run: Path, tmp_path: Path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    policy, task = focal.load_policy(run, 4), walk_data().tasks[2]
+    policy, task = focal.load_policy(run, 4), walks().tasks[2]
     files = {path.name: path for path in export_policy(policy, tmp_path / "out")}
     assert set(files) == {"encoder.onnx", "policy.onnx", "weights.safetensors", "policy.json"}
     graphs = (files[name].read_bytes() for name in ("encoder.onnx", "policy.onnx"))

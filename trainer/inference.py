@@ -53,9 +53,13 @@ class TrainedPolicy:
         """Return the action (act_dim,) in [-1, 1] for a raw `observation` (obs_dim,), or (M, act_dim) for (M, obs_dim).
 
         `embedding` (L,) is what `embed` returned. The policy's mode; with a `generator`, on the agent's device, a
-        sample. Raises `FocalError` for an observation of another width.
+        sample. Raises `FocalError` for an observation of another width or an embedding of another shape.
         """
         observation, embedding = np.asarray(observation), np.asarray(embedding)
+        latent = (self.agent.settings.latent_dim,)
+        if embedding.shape != latent:
+            raise FocalError(f"the embedding has shape {embedding.shape}, this run's are {latent}; it is what `embed` "
+                             "returns")  # fmt: skip
         rows = observation.reshape(1, -1, observation.shape[-1])
         actions = self.agent.act(rows, embedding[None], generator is None, generator)
         return actions[0].reshape(*observation.shape[:-1], -1)
