@@ -1,5 +1,6 @@
 """Runs: exact resume after a kill, logs, evaluation, refusals, and rebuilding the agent from its folder."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -79,6 +80,8 @@ def test_logs_hold_every_phase_on_time(whole: Path):
     assert [row["step"] for row in metrics] == [4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 42]
     assert [row["phase"] for row in metrics[:4]] == ["encoder", "encoder", "encoder", "control"]
     assert {"encoder/loss", "embedding/esr", "embedding/rms"} <= set(metrics[0])
+    trained = [{name.split("/")[0] for name in row} & {"encoder", "critic"} for row in metrics[2:4]]
+    assert trained == [{"encoder"}, {"critic"}], "the encoder's last step is the 12th"
     assert {"critic/loss", "actor/loss", "regularisation/alpha", "discriminator/slope"} <= set(metrics[-1])
     assert {"critic/value_std", "critic/next_value_std", "regularisation/divergence"} <= set(metrics[-1])
     drift = (metrics[-1]["critic/value"] - metrics[-2]["critic/value"]) / 2 * 1000  # the last rows are 2 steps apart
@@ -113,8 +116,9 @@ def test_every_variant_resumes_bit_identical(name: str, tmp_path: Path):
     settings = dataclasses.replace(variant(name), steps=9, log_every=3, checkpoint_every=4, eval_every=5)
     data = dataclasses.replace(walk_data(), absolute_x=0)
     train(tmp_path / "whole", data, settings, 0)
-    with pytest.raises(Interrupt):
-        train(tmp_path / "run", data, settings, 0, progress=stop_at(7))
+    for number, stop in enumerate((7, 9)):  # from the second checkpoint on, a decaying encoder is on its way
+        with pytest.raises(Interrupt):
+            train(tmp_path / "run", data, settings, 0, resume=number > 0, progress=stop_at(stop))
     train(tmp_path / "run", data, settings, 0, resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
     assert read_run(tmp_path / "run").settings == settings
@@ -249,6 +253,45 @@ def test_diverging_values_stop_with_the_bound_and_keep_the_last_good_checkpoint(
     logged = rows(tmp_path / "run")
     assert 0 < logged[-1]["critic/value_largest"] <= 6
     assert logged[-1]["step"] < 30
+
+
+def test_by_default_values_may_be_100_times_what_the_largest_reward_makes_possible(tmp_path: Path):
+    settings = with_settings(critic_learning_rate=1e3)
+    with pytest.raises(FocalError, match="values diverge"):
+        train(tmp_path / "run", walk_data(), settings, 0)
+    largest = max(abs(task.rewards).max() for task in walk_data().tasks)  # every reward is negative
+    stop = json.loads((tmp_path / "run" / "seed_0" / "diverged.json").read_text())
+    assert stop["bound"] == pytest.approx(100 * (largest + 1) / (1 - 0.99))
+    assert (stop["metric"], stop["value"] > stop["bound"]) == ("critic/value_largest", True)
+
+
+def test_a_seed_that_is_trained_again_is_not_called_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    update = Focal.update
+    poison = {"critic/loss": torch.tensor(float("inf"))}
+    with monkeypatch.context() as patch:
+        patch.setattr(Focal, "update", lambda self, *arguments: update(self, *arguments) | poison)
+        with pytest.raises(FocalError, match="critic/loss became inf at step 1"):
+            train(tmp_path / "run", walk_data(), TINY, 0)
+    path = tmp_path / "run" / "seed_0" / "diverged.json"
+    assert json.loads(path.read_text())["value"] is None
+    train(tmp_path / "run", walk_data(), TINY, 0, resume=True)
+    assert not path.exists()
+
+
+def test_the_meta_test_waits_for_the_control_networks(tmp_path: Path):
+    settings = dataclasses.replace(resume_settings(), eval_every=6)  # the encoder's steps are 12
+    train(tmp_path / "run", walk_data(), settings, 0, evaluate_toy)
+    assert [row["step"] for row in rows(tmp_path / "run", "evaluation")] == [18, 24, 30, 36, 42]
+    assert [row["step"] for row in rows(tmp_path / "run", "embeddings")] == [6, 12, 18, 24, 30, 36, 42]
+
+
+def test_tensorboard_shows_a_step_that_was_taken_twice_once(tmp_path: Path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for number, stop in enumerate((9, 21, -1)):  # before the first checkpoint, and after the second
+        with pytest.raises(Interrupt) if stop > 0 else contextlib.nullcontext():
+            train(tmp_path / "run", walk_data(), TINY, 0, resume=number > 0, progress=stop_at(stop))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "seed_0" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("critic/loss")] == [4, 8, 12, 16, 20, 24, 28, 30]
 
 
 def test_a_context_larger_than_the_store_is_refused_before_anything_is_written(tmp_path: Path):

@@ -34,7 +34,7 @@ class Journal:
                 self.last = rows[-1]
                 self._started -= _number(self.last.get(SECONDS))
             self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, name: str, step: int, values: Mapping[str, float], phase: str = "") -> None:
         """Append a row to `name` ("metrics" or "evaluation"); a number that is not finite becomes null."""
