@@ -333,6 +333,9 @@ def print_sweep(swept: Sweep) -> None:
     )
     print_table(rows, title)
     console.print("intervals: 95% over training seeds")
+    if swept.left_out:
+        listed = ", ".join(map(str, swept.left_out))
+        console.print(f"sizes left out, since a test task has fewer {swept.tasks.quality} transitions: {listed}")
 
 
 def print_matrix(matrix: Mapping[str, Mapping[str, RunTest]]) -> None:

@@ -12,11 +12,12 @@ from .evaluation import Interval, OfflineTransitions, TestTasks, seed_interval
 from .evaluation.embeddings import nearest_centroid_accuracy
 from .evaluation.figures import context_size_curve
 from .evaluation.metatest import TaskReturns, episode_seeds, play_agent, reference_returns, task_centroids, task_returns
-from .experiment import RunTest, test_run, testable
+from .evaluation.run_figures import return_name
+from .experiment import RunTest, collection_of, test_run, testable
 from .files import write_json
 from .provenance import provenance
 from .trainer.agent import Agent
-from .trainer.runs import Run, load_agent
+from .trainer.runs import Run, load_agent, read_run
 
 SWEEP_FORMAT = "focal-sweep/1"
 
@@ -39,11 +40,13 @@ class Sweep:
     episodes: int
     test_seed: int
     points: dict[int, dict[int, SweepPoint]]  # by seed, then by context size
+    left_out: tuple[int, ...] = ()  # sizes asked for that a task's data cannot fill
 
     @property
     def name(self) -> str:
-        """What its file is called."""
-        return f"sweep-{self.tasks.quality}-episodes{self.episodes}-seed{self.test_seed}"
+        """What its file is called: everything that was chosen."""
+        sizes = "-".join(map(str, self.sizes))
+        return f"sweep-{self.tasks.quality}-contexts{sizes}-episodes{self.episodes}-seed{self.test_seed}"
 
     @property
     def sizes(self) -> list[int]:
@@ -64,8 +67,7 @@ class Sweep:
     def draw(self) -> list[Path]:
         """Draw return and task accuracy against the context size into RUN/figures; return the files."""
         path = self.run_dir / "figures" / f"context_size_{self.tasks.quality}.png"
-        label = "sparse return" if self.tasks.family.sparse else "return"
-        return context_size_curve(path, {self.run.family: self}, {self.run.family: label})
+        return context_size_curve(path, {self.run.family: self}, {self.run.family: return_name(self.run.family)})
 
     def to_json(self) -> dict[str, Any]:
         """Return summaries over seeds and every raw return as JSON values."""
@@ -103,8 +105,8 @@ def sweep_run(
     Every raw return is saved in RUN/tests. Raises `FocalError` as `test_run` does, and where no size is left.
     """
     run, tasks = testable(run_dir, stores, quality)
-    held = min(len(context.rows) for context in tasks.contexts)
-    kept = [size for size in sorted(set(sizes)) if size <= held]
+    held, asked = min(len(context.rows) for context in tasks.contexts), sorted(set(sizes))
+    kept = [size for size in asked if size <= held]
     if not kept:
         raise FocalError(
             f"a test task has {held} {tasks.quality} transitions, found sizes from {min(sizes)}; take less"
@@ -112,7 +114,7 @@ def sweep_run(
     points = {
         seed: sweep_agent(load_agent(run_dir, seed), tasks, kept, episodes, test_seed) for seed in run.source.seeds
     }
-    swept = Sweep(run_dir, run, tasks, episodes, test_seed, points)
+    swept = Sweep(run_dir, run, tasks, episodes, test_seed, points, tuple(asked[len(kept) :]))
     write_json(run_dir / "tests" / f"{swept.name}.json", swept.to_json())
     return swept
 
@@ -149,6 +151,5 @@ def matrix_row(
     run_dir: Path, stores: Path, qualities: tuple[str, ...], context_size: int | None, episodes: int, test_seed: int
 ) -> dict[str, RunTest]:
     """Meta-test a run with contexts of every quality that its test tasks have: one row of the paper's Table 6."""
-    collection = testable(run_dir, stores, None)[1].collection
-    found = qualities_of(collection, qualities)
+    found = qualities_of(collection_of(read_run(run_dir), stores), qualities)
     return {quality: test_run(run_dir, stores, quality, context_size, episodes, test_seed) for quality in found}
