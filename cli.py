@@ -204,7 +204,7 @@ def show(path: Path | str, plot: Path | None, as_json: bool) -> None:
     if plot is not None:
         from .evaluation.figures import behaviour_data
 
-        behaviour_data(plot, collection)
+        behaviour_data(plot, collection, both=False)
         click.echo(f"saved {plot}", err=as_json)
 
 
@@ -581,6 +581,10 @@ def test(
 
     if (sweep or matrix) and (protocol != "offline" or unit == "episodes" or (sweep and matrix)):
         raise UsageError("--sweep and --matrix test offline contexts of transitions, one of them at a time")
+    if sweep and context_size is not None:
+        raise UsageError(f"--sweep takes its sizes from --sizes, found --context-size {context_size}; leave it out")
+    if matrix and quality is not None:
+        raise UsageError(f"--matrix takes contexts of every quality, found --data {quality}; leave it out")
     folder = run or newest_run(runs)
     torch.set_num_threads(1)  # at these network sizes more threads only wait for each other
     pictures: list[Path] = []
@@ -794,18 +798,19 @@ def reproduce(
     from .console import GenerateBars, TrainBars
     from .envs import get_family
     from .paper import ITEMS
-    from .reproduce import find_item, reproduce
+    from .reproduce import find_items, reproduce
 
     if kind is None:
         _print_rows([{"item": item.name, "what": item.what} for item in ITEMS.values()], False)
         return
     if number is None:
         raise UsageError(f"which {kind}? for example: focal-cli reproduce {kind} {'8' if kind == 'figure' else '6'}")
-    item = find_item(kind, number)
+    items = find_items(kind, number)
     if families:
-        item = item.restricted([get_family(name).name for name in families])
-    for file in reproduce(item, scale, stores, runs, output, GenerateBars, TrainBars, workers or 0):
-        click.echo(f"saved {file}")
+        items = [item.restricted([get_family(name).name for name in families]) for item in items]
+    for item in items:
+        for file in reproduce(item, scale, stores, runs, output, GenerateBars, TrainBars, workers or 0):
+            click.echo(f"saved {file}")
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool) -> None:

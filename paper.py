@@ -19,10 +19,10 @@ from .commands import flatten
 from .comparison import comparison_name, equal_terms
 from .datasets import Collection, Selection
 from .envs import FAMILIES, get_family
-from .errors import UsageError
+from .errors import FocalError, UsageError
 from .evaluation import figures, seed_interval
 from .evaluation.embeddings import embed_tasks, spread
-from .evaluation.run_figures import draw_data, logged
+from .evaluation.run_figures import draw_data, logged, return_name
 from .evaluation.tables import write_table
 from .experiment import test_run
 from .settings import override, parse_assignments, to_dict
@@ -197,10 +197,13 @@ def draw_returns(item: Item, material: Material, log_x: bool = False) -> list[Pa
     panels: dict[str, dict[str, Any]] = {}
     for training in material.runs:
         curve = logged(material.runs[training], material.seeds(training), "evaluation", "test/return")
-        if all(curve.values()):
-            panels.setdefault(training.family, {})[training.label] = curve
-    labels = ["sparse return" if get_family(family).sparse else "return" for family in panels]
-    return figures.return_curves(item.file(material), panels, labels, log_x)
+        panels.setdefault(training.family, {})[training.label] = curve
+    if not any(curve for curves in panels.values() for seeds in curves.values() for curve in seeds.values()):
+        raise FocalError(
+            f"{item.name}: no run logged a meta-test; do the test tasks have data of its quality? "
+            f"focal-cli data show {material.collections[item.trainings[0].family].source}"
+        )
+    return figures.return_curves(item.file(material), panels, [return_name(family) for family in panels], log_x)
 
 
 def draw_full_length(item: Item, material: Material) -> list[Path]:
@@ -248,8 +251,16 @@ def draw_context_sizes(item: Item, material: Material) -> list[Path]:
         training.family: sweep_run(material.runs[training], material.stores, None, SIZES, 10, SEED)
         for training in material.runs
     }
-    labels = {family: "sparse return" if get_family(family).sparse else "return" for family in sweeps}
-    return figures.context_size_curve(item.file(material), sweeps, labels)
+    return figures.context_size_curve(item.file(material), sweeps, {family: return_name(family) for family in sweeps})
+
+
+def draw_behaviour(item: Item, material: Material) -> list[Path]:
+    """Draw what the behaviour policies of every family return, a picture per family."""
+    files = []
+    for family, collection in material.collections.items():
+        part = item.restricted([family])
+        files += figures.behaviour_data(part.file(material), collection)
+    return files
 
 
 def table_separation(item: Item, material: Material) -> list[Path]:
@@ -275,7 +286,7 @@ def table_qualities(item: Item, material: Material) -> list[Path]:
     for family, collection in material.collections.items():
         row: dict[str, Any] = {"family": family, "training and test data": QUALITY[family]}
         for quality in (*LEVELS, "mixed"):
-            row[f"mean return of {quality}"] = _mean_return(collection, quality)
+            row[f"mean dense return of {quality}"] = _mean_return(collection, quality)
         rows.append(row)
     return write_table(item.file(material), rows, item.what)
 
@@ -304,7 +315,7 @@ def table_datasets(item: Item, material: Material) -> list[Path]:
 
 def table_settings(item: Item, material: Material) -> list[Path]:
     """Every setting of FOCAL in figure 3, per family, at the scale asked for."""
-    columns = {family: _settings(focal(family), material.scale) for family in FAMILIES}
+    columns = {family: _settings(compared(family, "focal", "FOCAL"), material.scale) for family in FAMILIES}
     names = next(iter(columns.values()))
     rows = [{"setting": name} | {family: column[name] for family, column in columns.items()} for name in names]
     return write_table(item.file(material), rows, item.what)
@@ -312,7 +323,7 @@ def table_settings(item: Item, material: Material) -> list[Path]:
 
 def table_power_law(item: Item, material: Material) -> list[Path]:
     """The settings of figure 2 that differ between its losses, or from those of Table 4."""
-    usual = _settings(focal(VEL), material.scale)
+    usual = _settings(compared(VEL, "focal", "FOCAL"), material.scale)
     columns = {training.label: _settings(training, material.scale) for training in item.trainings}
     names = [name for name in usual if any(column[name] != usual[name] for column in columns.values())]
     rows = [{"setting": name, "Table 4": usual[name]} | {k: column[name] for k, column in columns.items()}
@@ -324,7 +335,9 @@ def table_matrix(item: Item, material: Material) -> list[Path]:
     """Mean return for every quality of training data (rows) and of test context (columns)."""
     rows = []
     for training in item.trainings:
-        row: dict[str, Any] = {"family": training.family, "trained on": training.quality}
+        row: dict[str, Any] = {
+            "family": training.family, "value": return_name(training.family), "trained on": training.quality,
+        }  # fmt: skip
         collection = material.collections[training.family]
         for quality in LEVELS:
             here = collection.tasks_with(quality, collection.test_tasks())[0]
@@ -369,6 +382,8 @@ ITEMS = {
              coupled_and_not("policy")),
         Item("figure 10", "action values, Ant-Fwd-Back", draw_values, growing_values(ANT)),
         Item("figure 11", "action values, Walker-2D-Params", draw_values, growing_values(WALKER)),
+        Item("figure behaviour", "returns of the behaviour policies along training and by quality", draw_behaviour,
+             families=tuple(FAMILIES)),
         Item("figure context-size", "return and task accuracy by context size", draw_context_sizes,
              (Training(POINT, "mixed", "FOCAL"), Training(VEL, "mixed", "FOCAL"))),
         Item("table 1", "ESR and RMS of embeddings by loss, Half-Cheetah-Vel", table_separation, FOUR_LOSSES),

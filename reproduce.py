@@ -15,7 +15,7 @@ from typing import Any
 from .datagen import GenerateRequest, generate, generate_settings
 from .datasets import Collection, is_committed, open_collection
 from .envs import get_family
-from .errors import FocalError, UsageError
+from .errors import DivergedError, FocalError, UsageError
 from .experiment import TrainRequest, last_step, train_run
 from .paper import ITEMS, Item, Material, Training, table_matrix, table_power_law, table_settings
 from .trainer.methods import METHODS
@@ -25,13 +25,14 @@ from .trainer.training import DIVERGED
 NEEDS_NOTHING = (table_settings, table_power_law)  # settings are known before anything is made
 
 
-def find_item(kind: str, number: str) -> Item:
-    """Return an item. Raises `UsageError` listing those there are."""
+def find_items(kind: str, number: str) -> list[Item]:
+    """Return an item, or all parts of one: figure 9 is 9a and 9b. Raises `UsageError` listing those there are."""
     name = f"{kind} {number}"
-    if name not in ITEMS:
+    found = [ITEMS[known] for known in ITEMS if known in (name, f"{name}a", f"{name}b")]
+    if not found:
         known = ", ".join(item.removeprefix(kind).strip() for item in ITEMS if item.startswith(kind))
         raise UsageError(f"no {name} here, expected {kind} {known}; focal-cli reproduce says what each is")
-    return ITEMS[name]
+    return found
 
 
 def reproduce(
@@ -116,8 +117,8 @@ def train_one(
     try:
         with training_bars() as bars:
             return train_run(request, bars)
-    except FocalError:
-        if training.may_diverge and any(run_dir.glob("seed_*/metrics.jsonl")):
+    except DivergedError:
+        if _is_there(run_dir, training, scale, quality, collection, seeds):
             return run_dir  # what it logged until it was stopped is the picture
         raise
 

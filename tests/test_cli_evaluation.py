@@ -58,7 +58,8 @@ def test_summaries_are_those_of_the_raw_returns(folders):
 def test_sweep_keeps_every_return_and_draws_a_curve(folders):
     printed = cli("test", "--sweep", "--sizes", "1,4,100000", "--episodes", 2, *folders)
     assert "task accuracy" in printed
-    kept = json.loads((folders[3] / "point" / "tests" / "sweep-mixed-episodes2-seed0.json").read_text())
+    assert "sizes left out, since a test task has fewer mixed transitions: 100000" in printed
+    kept = json.loads((folders[3] / "point" / "tests" / "sweep-mixed-contexts1-4-episodes2-seed0.json").read_text())
     assert kept["sizes"] == [1, 4], "a size that the data cannot fill is left out"
     assert np.shape(kept["seeds"]["1"]["4"]["sparse_returns"]) == (2, 2)
     figures = folders[3] / "point" / "figures"
@@ -80,6 +81,11 @@ def test_matrix_tests_every_quality_there_is(folders):
         (["--sweep", "--protocol", "online"], "--sweep and --matrix test offline contexts of transitions, one of them"),
         (["--sweep", "--sizes", "1,x"], "--sizes got '1,x', expected context sizes such as --sizes 1,10,100"),
         (["--protocol", "online", "--context-unit", "transitions"], "online collects whole episodes"),
+        (
+            ["--sweep", "--context-size", 5],
+            "--sweep takes its sizes from --sizes, found --context-size 5; leave it out",
+        ),
+        (["--matrix", "--data", "mixed"], "--matrix takes contexts of every quality, found --data mixed; leave it out"),
     ],
 )
 def test_misuse(folders, words, message):

@@ -11,7 +11,7 @@ from PIL import Image
 from focal import FocalError, UsageError
 from focal.cli import main
 from focal.paper import ITEMS, POINT, VEL, WIND, Training
-from focal.reproduce import METHODS, find_item, refuse_unknown
+from focal.reproduce import METHODS, find_items, refuse_unknown
 
 
 def cli(*arguments, code=0):
@@ -51,11 +51,18 @@ def saved(printed, folders):
 def test_every_item_of_the_paper_is_there():
     assert set(ITEMS) == {
         *(f"figure {number}" for number in ("2a", "2b", 3, "4a", "4b", "5a", "5b", 6, 7, 8, "9a", "9b", 10, 11)),
+        "figure behaviour",
         "figure context-size",
         *(f"table {number}" for number in range(1, 7)),
     }
     listed = cli("reproduce")
     assert all(name in listed for name in ITEMS)
+
+
+def test_a_figure_of_two_parts_is_both():
+    assert [item.name for item in find_items("figure", "9")] == ["figure 9a", "figure 9b"]
+    assert [item.name for item in find_items("figure", "9b")] == ["figure 9b"]
+    assert [item.name for item in find_items("figure", "10")] == ["figure 10"]
 
 
 def test_runs_of_two_items_share_a_name_only_if_they_are_the_same_run():
@@ -69,13 +76,13 @@ def test_runs_of_two_items_share_a_name_only_if_they_are_the_same_run():
 
 
 def test_a_part_of_an_item_is_about_the_families_asked_for():
-    part = find_item("figure", "3").restricted([WIND, POINT])
+    part = find_items("figure", "3")[0].restricted([WIND, POINT])
     assert {training.family for training in part.trainings} == {POINT, WIND}
     assert part.trainings == tuple(t for t in ITEMS["figure 3"].trainings if t.family in (POINT, WIND))
     assert part.stem == "figure_3_point_wind", "beside the whole figure, not in its place"
-    assert find_item("table", "2").restricted([WIND]).families == (WIND,)
+    assert find_items("table", "2")[0].restricted([WIND]).families == (WIND,)
     with pytest.raises(UsageError, match="figure 8 is about point, found --env wind"):
-        find_item("figure", "8").restricted([WIND])
+        find_items("figure", "8")[0].restricted([WIND])
     assert "unknown task family 'foo'" in cli("reproduce", "figure", "8", "--env", "foo", code=2)
 
 
@@ -118,7 +125,7 @@ def test_a_collection_of_another_scale_is_left_alone(folders, make_collection, t
 
 
 def test_what_this_version_lacks_is_named_before_anything_is_made():
-    item = find_item("figure", "8")
+    item = ITEMS["figure 8"]
     missing = dataclasses.replace(item, trainings=(Training(POINT, "mixed", "", algo="gpt"),))
     with pytest.raises(FocalError, match=r"figure 8 needs the method 'gpt', which this version does not have"):
         refuse_unknown(missing, "smoke")
@@ -126,7 +133,7 @@ def test_what_this_version_lacks_is_named_before_anything_is_made():
     with pytest.raises(FocalError, match=r"needs a setting that this version does not have: unknown setting 'warp'"):
         refuse_unknown(missing, "smoke")
     with pytest.raises(UsageError, match=r"no figure 12 here, expected figure 2a, 2b, 3"):
-        find_item("figure", "12")
+        find_items("figure", "12")
     assert "which table? for example: focal-cli reproduce table 6" in cli("reproduce", "table", code=2)
 
 
