@@ -139,6 +139,8 @@ def ablation_rows(family: str, scale: str) -> dict[str, AblationRow]:
     _add_schedules(rows, add, base, plain)
     for name, (what, setting, shows_in) in _RELEASED.items():
         against = {"coupled": "coupled", "value-penalty": penalised, "": "base"}[shows_in]
+        if name == "D7" and family in (_POINT, _WIND):
+            what += ", where it is 0 scaled or not: the base once more"
         add(name, what, against, f"released.{setting}=true")
     return rows
 

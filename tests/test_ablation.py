@@ -78,6 +78,8 @@ def test_rows_of_the_point_robots_state_their_alpha_and_are_as_long_as_their_com
     assert {each.total_steps for each in settings.values()} == {4500}
     assert (settings["base"].schedule, settings["joint"].schedule) == ("encoder-first", "joint")
     assert rows["coupled-value-penalty"].against == "joint-value-penalty"
+    assert rows["D7"].what.endswith("the base once more")  # every episode starts at the origin
+    assert ablation_rows("walker-2d-params", "laptop")["D7"].what == "observation of a reset unscaled"
 
 
 def test_a_chosen_row_brings_what_it_is_compared_with():
