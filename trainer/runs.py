@@ -214,7 +214,8 @@ def _refuse_differences(path: Path, saved: dict[str, Any], found: dict[str, Any]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise FocalError(
             f"{path} is of another run: it has {names[0]}={_lookup(saved, names[0])}, this command asks for "
-            f"{_lookup(found, names[0])}{more}; use its settings, or another name: focal-cli train ... --name OTHER"
+            f"{_lookup(found, names[0])}{more}; use its settings, another folder (--runs OTHER), or another name: "
+            "focal-cli train ... --name OTHER"
         )
 
 
