@@ -74,7 +74,7 @@ class PlainFocal:
         critic.backward()
         self.q_adam.step()
 
-        mean, log_std = self.policy(state).chunk(2, dim=1)
+        mean, log_std = self.gaussian(state)
         mine, log_prob = self.squash(mean, log_std)
         inputs = torch.cat([state, mine], dim=1)
         divergence = self.divergence(state, mine, a).mean()
@@ -85,8 +85,8 @@ class PlainFocal:
         actor.backward()
         self.policy_adam.step()
 
-        step = rule.alpha_learning_rate * (divergence.item() - rule.target_divergence)
-        self.alpha = (self.alpha * np.exp(np.clip(step, -1, 1))).clamp(rule.alpha_min, rule.alpha_max)
+        step = rule.alpha_learning_rate * np.clip(divergence.item() - rule.target_divergence, -1, 1)
+        self.alpha = (self.alpha * np.exp(step)).clamp(rule.alpha_min, rule.alpha_max)
         for target_net, net in ((self.target1, self.q1), (self.target2, self.q2)):
             for ours, theirs in zip(target_net.parameters(), net.parameters(), strict=True):
                 ours.data.mul_(1 - settings.tau).add_(theirs.data, alpha=settings.tau)
@@ -125,7 +125,6 @@ class PlainFocal:
 
     def squash(self, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
         """Sample a tanh-Gaussian action; returns it with its log-probability (rows, 1)."""
-        log_std = log_std.clamp(self.settings.log_std_min, self.settings.log_std_max)
         normal = torch.distributions.Normal(mean, log_std.exp())
         raw = normal.rsample()
         action = torch.tanh(raw)
@@ -134,7 +133,12 @@ class PlainFocal:
 
     def act(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Sample the policy's action."""
-        return self.squash(*self.policy(state).chunk(2, dim=1))
+        return self.squash(*self.gaussian(state))
+
+    def gaussian(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The policy's mean and log standard deviation before tanh, each (rows, act_dim)."""
+        mean, log_std = self.policy(state).chunk(2, dim=1)
+        return mean, log_std.clamp(self.settings.log_std_min, self.settings.log_std_max)
 
     def divergence(self, state: Tensor, mine: Tensor, logged: Tensor) -> Tensor:
         """Dual KL per sample."""
