@@ -43,3 +43,9 @@ def test_agents_trained_otherwise_are_not_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*command, "4000"])
     with pytest.raises(FocalError, match=r"point holds agents with another tasks, sac; choose another --output, or rm"):
         parity.main()
+
+
+def test_seeds_of_parity_are_counted_or_listed():
+    parity = benchmark("parity")
+    assert parity.chosen_seeds("3") == [0, 1, 2]
+    assert parity.chosen_seeds("0,1,7") == [0, 1, 7]
