@@ -27,7 +27,7 @@ from .provenance import provenance
 from .settings import override, parse_assignments, to_dict
 from .trainer.files import read_json
 from .trainer.methods import train_settings
-from .trainer.runs import read_run, seed_folder
+from .trainer.runs import seed_folder
 from .trainer.settings import FocalSettings
 from .trainer.training import DIVERGED
 
@@ -200,17 +200,23 @@ def choose_rows(known: Mapping[str, AblationRow], names: Iterable[str]) -> list[
 def ablate(request: AblateRequest, progress: TrainProgress | None = None) -> list[Measured]:
     """Train what is missing of the rows, continue what was cut, test, and keep what was measured.
 
-    A seed whose values diverge is not an error here but a result, and is not trained again. Raises `UsageError` for an
-    unknown row before anything is trained, and as `train_run` and `test_run` do.
+    A row that was measured with these settings, seeds and data, here or where its file came from, is not trained again.
+    A seed whose values diverge is not an error here but a result, and is not trained again either. Raises `UsageError`
+    for an unknown row before anything is trained, and as `train_run` and `test_run` do.
     """
     collection = open_collection(request.train.collection)
     scale = request.train.scale or collection.scale
     rows = choose_rows(ablation_rows(collection.family, scale), request.rows)
     stem = ablation_name(collection, request.train.quality, scale)
     planned = {row.name: _plan(request.train, scale, f"{stem}-ablation-{row.name}", row) for row in rows}
-    _train(planned, request.train, progress)
     folder = request.train.runs / "ablations" / stem
-    measured = [_measure(request, row, planned[row.name].run_dir, folder) for row in rows]
+    kept = {}
+    for name, plan in planned.items():
+        found = _kept(folder / f"{name}.json", _identity(request, plan, collection), plan.source.seeds)
+        if found is not None:
+            kept[name] = found
+    _train({name: plan for name, plan in planned.items() if name not in kept}, request.train, progress)
+    measured = [kept.get(row.name) or _measure(request, row, planned[row.name], collection, folder) for row in rows]
     _draw_values(folder, stem, planned)
     return measured
 
@@ -240,24 +246,32 @@ def _diverged(run_dir: Path, seed: int) -> dict[str, Any] | None:
     return read_json(path, "delete it to train the seed again") if path.exists() else None
 
 
-def _measure(request: AblateRequest, row: AblationRow, run_dir: Path, folder: Path) -> Measured:
-    """Test a row, unless the same networks were tested alike before."""
-    run = read_run(run_dir)
-    identity = {
-        "settings": to_dict(run.settings), "quality": run.source.quality, "content_hash": run.content_hash,
-        "family": run.family, "episodes": request.episodes, "test_seed": request.test_seed,
+def _identity(request: AblateRequest, plan: PlannedRun, collection: Collection) -> dict[str, Any]:
+    """What a row's numbers rest on: settings, data and test."""
+    return {
+        "settings": to_dict(plan.settings), "quality": plan.source.quality, "content_hash": collection.content_hash,
+        "family": collection.family, "episodes": request.episodes, "test_seed": request.test_seed,
     }  # fmt: skip
-    seeds, path = run.source.seeds, folder / f"{row.name}.json"
+
+
+def _kept(path: Path, identity: Mapping[str, Any], seeds: tuple[int, ...]) -> Measured | None:
+    """What was measured of a row before, None if nothing was or with other settings, data, test or seeds."""
     before = read_measured(path) if path.exists() else None
-    if before is not None and (before.identity, before.seeds) == (identity, seeds):
-        return before
+    return before if before is not None and (before.identity, before.seeds) == (identity, seeds) else None
+
+
+def _measure(
+    request: AblateRequest, row: AblationRow, plan: PlannedRun, collection: Collection, folder: Path
+) -> Measured:
+    """Test a trained row and keep what was found."""
+    run_dir, seeds = plan.run_dir, plan.source.seeds
     stops = {str(seed): stop for seed in seeds if (stop := _diverged(run_dir, seed)) is not None}
     numbers, span = _logged_numbers(run_dir, seeds), None
     if not stops:
         tested = test_run(run_dir, request.stores, None, None, request.episodes, request.test_seed)
         numbers, span = {**_test_numbers(tested), **numbers}, _span(tested)
-    measured = Measured(row, seeds, stops, numbers, span, identity, provenance())
-    write_json(path, measured.to_json())
+    measured = Measured(row, seeds, stops, numbers, span, _identity(request, plan, collection), provenance())
+    write_json(folder / f"{row.name}.json", measured.to_json())
     return measured
 
 
@@ -294,10 +308,11 @@ def _draw_values(folder: Path, title: str, planned: Mapping[str, PlannedRun]) ->
     from .evaluation import figures
 
     curves = {
-        name: logged(plan.run_dir, read_run(plan.run_dir).source.seeds, "metrics", "critic/value")
+        name: logged(plan.run_dir, plan.source.seeds, "metrics", "critic/value")
         for name, plan in planned.items()
+        if plan.run_dir.is_dir()  # else what was measured came from elsewhere
     }
-    if len(curves) <= len(figures.COLOURS):
+    if 0 < len(curves) <= len(figures.COLOURS):
         figures.value_curves(folder / "values.png", {title: curves})
 
 

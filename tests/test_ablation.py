@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -169,6 +170,14 @@ def test_ablate_trains_tests_and_resumes(folders, monkeypatch, tmp_path):
         "base.json", "power-linear.json", "D6.json", "values.png", "values.svg",
     }  # fmt: skip
     assert "probabilistic-no-metric" in cli("ablate", *folders)
+
+    elsewhere = tmp_path / "elsewhere"  # where only what was measured was copied to
+    shutil.copytree(runs / "ablations", elsewhere / "ablations")
+    words = ["ablate", "--episodes", 2, "--rows", "power-linear", "--json", *folders[:2], "--runs", elsewhere]
+    assert json.loads(cli(*words, "--seeds", 2)) == first
+    assert [path.name for path in elsewhere.iterdir()] == ["ablations"], "nothing was trained"
+    (other,) = json.loads(cli(*words[:3], "--seeds", 1, "--rows", "base", *words[5:]))
+    assert other["seeds"] == [0]
     assert "did you mean 'power-linear'" in cli(*command, "--rows", "power-liner", code=2)
 
 
