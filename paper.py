@@ -28,8 +28,9 @@ from .experiment import test_run
 from .settings import override, parse_assignments, to_dict
 from .sweeps import sweep_run
 from .trainer.methods import train_settings
-from .trainer.runs import load_agent, read_run
+from .trainer.runs import load_agent, read_run, seed_folder
 from .trainer.settings import TrainSettings
+from .trainer.training import DIVERGED
 
 POINT, WIND, VEL, DIR, ANT, WALKER = FAMILIES
 LEVELS = ("random", "medium", "expert")
@@ -79,6 +80,7 @@ class Material:
     collections: Mapping[str, Collection]  # by family
     runs: Mapping[Training, Path]  # those that could be trained
     out: Path  # folder of the files to write
+    not_begun: tuple[Training, ...] = ()  # those whose first stage diverged
 
     def agent(self, training: Training) -> Any:
         """The first seed's trained agent."""
@@ -88,6 +90,13 @@ class Material:
     def seeds(self, training: Training) -> tuple[int, ...]:
         """Seeds of a run."""
         return read_run(self.runs[training]).source.seeds
+
+    def label(self, training: Training) -> str:
+        """A run's name in legends, which says so where a seed was stopped as diverged."""
+        stopped = training in self.not_begun or any(
+            (seed_folder(self.runs[training], seed) / DIVERGED).exists() for seed in self.seeds(training)
+        )
+        return training.label + ", diverged" * stopped
 
 
 @dataclass(frozen=True)
@@ -195,9 +204,13 @@ def coupled_and_not(kind: str) -> tuple[Training, ...]:
 def draw_returns(item: Item, material: Material, log_x: bool = False) -> list[Path]:
     """Draw meta-test returns logged during training, a panel per family."""
     panels: dict[str, dict[str, Any]] = {}
-    for training in material.runs:
-        curve = logged(material.runs[training], material.seeds(training), "evaluation", "test/return")
-        panels.setdefault(training.family, {})[training.label] = curve
+    for training in item.trainings:
+        curve: dict[int, dict[int, float]] = {0: {}}
+        if training in material.runs:
+            curve = logged(material.runs[training], material.seeds(training), "evaluation", "test/return")
+        elif training not in material.not_begun:
+            continue
+        panels.setdefault(training.family, {})[material.label(training)] = curve
     if not any(curve for curves in panels.values() for seeds in curves.values() for curve in seeds.values()):
         raise FocalError(
             f"{item.name}: no run logged a meta-test; do the test tasks have data of its quality? "
@@ -217,7 +230,7 @@ def task_points(item: Item, material: Material) -> tuple[dict[str, Any], list[st
     for training in material.runs:
         quality, collection = read_run(material.runs[training]).source.quality, material.collections[training.family]
         found = embed_tasks(material.agent(training), collection, quality, DRAWS, SEED, TASKS_DRAWN)
-        panels[training.label], names = found.points, found.names
+        panels[material.label(training)], names = found.points, found.names
     return panels, names
 
 
@@ -236,7 +249,7 @@ def draw_values(item: Item, material: Material) -> list[Path]:
     panels: dict[str, dict[str, Any]] = {}
     for training in material.runs:
         curve = logged(material.runs[training], material.seeds(training), "metrics", "critic/value")
-        panels.setdefault(training.family, {})[training.label] = curve
+        panels.setdefault(training.family, {})[material.label(training)] = curve
     return figures.value_curves(item.file(material), panels)
 
 

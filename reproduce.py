@@ -48,12 +48,16 @@ def reproduce(
         return item.draw(item, Material(scale, stores, {}, {}, out))
     families = dict.fromkeys([*item.families, *(training.family for training in item.trainings)])
     collections = {family: collection_at(family, scale, stores, generating, workers) for family in families}
-    made = {}
+    made, not_begun = {}, []
     for training in item.trainings:
         collection = collections[training.family]
         if quality := quality_there(item, training, collection, scale):
-            made[training] = train_one(item, training, quality, collection, scale, runs, training_bars, workers)
-    return item.draw(item, Material(scale, stores, collections, made, out))
+            run_dir = train_one(item, training, quality, collection, scale, runs, training_bars, workers)
+            if run_dir is None:
+                not_begun.append(training)
+            else:
+                made[training] = run_dir
+    return item.draw(item, Material(scale, stores, collections, made, out, tuple(not_begun)))
 
 
 def refuse_unknown(item: Item, scale: str) -> None:
@@ -97,8 +101,8 @@ def quality_there(item: Item, training: Training, collection: Collection, scale:
 def train_one(
     item: Item, training: Training, quality: str, collection: Collection, scale: str, runs: Path,
     training_bars: Callable[[], Any], workers: int,
-) -> Path:  # fmt: skip
-    """Train a run, continue it, or find it finished; return its folder."""
+) -> Path | None:  # fmt: skip
+    """Train a run, continue it, or find it finished; return its folder, None where its first stage diverged."""
     run_dir, seeds = runs / training.name(scale), tuple(range(item.seeds_of(training, scale)))
     if _is_there(run_dir, training, scale, quality, collection, seeds):
         return run_dir
@@ -120,6 +124,8 @@ def train_one(
     except DivergedError:
         if _is_there(run_dir, training, scale, quality, collection, seeds):
             return run_dir  # what it logged until it was stopped is the picture
+        if training.may_diverge and not (run_dir / "settings.json").exists():
+            return None
         raise
 
 

@@ -1,6 +1,7 @@
 """One run tested along an axis: context sizes, or the quality of the context. Between experiment.py and cli.py."""
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .trainer.agent import Agent
 from .trainer.runs import Run, load_agent, read_run
 
 SWEEP_FORMAT = "focal-sweep/1"
+_LONGEST = 100  # characters of sizes in a file name, of which a file system takes 255
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Sweep:
     def name(self) -> str:
         """What its file is called: everything that was chosen."""
         sizes = "-".join(map(str, self.sizes))
+        if len(sizes) > _LONGEST:
+            digest = hashlib.sha256(sizes.encode()).hexdigest()[:8]
+            sizes = f"{self.sizes[0]}-to-{self.sizes[-1]}-{len(self.sizes)}sizes-{digest}"
         return f"sweep-{self.tasks.quality}-contexts{sizes}-episodes{self.episodes}-seed{self.test_seed}"
 
     @property

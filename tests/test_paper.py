@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -24,7 +23,7 @@ def made(monkeypatch, tmp_path):
     logs, asked = {}, []
 
     def material(item, collections=None):
-        runs = {training: Path(str(number)) for number, training in enumerate(item.trainings)}
+        runs = {training: tmp_path / str(number) for number, training in enumerate(item.trainings)}
         labels = {run_dir: training.label for training, run_dir in runs.items()}
         source = {
             run_dir: SimpleNamespace(seeds=(0, 1), quality=training.quality) for training, run_dir in runs.items()
@@ -84,6 +83,20 @@ class TestReturns:
         labels = [line.get_label() for line in axes[0].lines]
         assert "Batch PEARL (no meta-test logged)" in labels
         assert "FOCAL (2 seeds)" in labels
+
+    def test_what_diverged_is_called_so(self, made, axes):
+        item = ITEMS["figure 3"].restricted([POINT])
+        material = made.material(item)
+        _, pearl, _, mbml = item.trainings
+        stopped = material.runs[pearl] / "seed_1" / paper.DIVERGED
+        stopped.parent.mkdir(parents=True)
+        stopped.write_text("{}")
+        begun = {training: run_dir for training, run_dir in material.runs.items() if training != mbml}
+        item.draw(item, dataclasses.replace(material, runs=begun, not_begun=(mbml,)))
+        assert [line.get_label() for line in axes[0].lines if not line.get_label().startswith("_")] == [
+            "FOCAL (2 seeds)", "Batch PEARL, diverged (2 seeds)", "Contextual BCQ (2 seeds)",
+            "MBML, diverged (no meta-test logged)",
+        ]  # fmt: skip
 
     def test_where_no_run_was_tested_it_is_said(self, made):
         item = ITEMS["figure 2b"]
@@ -261,6 +274,10 @@ class TestRunsThatAreThere:
         self.diverge(found)
         found.error = AssertionError("it is there")
         assert found.make() == found.run_dir
+
+    def test_one_whose_first_stage_diverged_was_never_begun(self, found):
+        (found.run_dir / "settings.json").unlink()
+        assert found.make() is None
 
     def test_a_run_with_other_settings_is_not(self, found):
         self.diverge(found)

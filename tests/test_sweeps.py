@@ -87,6 +87,17 @@ def test_a_sweep_with_other_sizes_is_another_file(swept):
     assert other.name == "sweep-mixed-contexts1-episodes3-seed0"
 
 
+def test_many_sizes_still_make_a_file_name(swept):
+    point = swept.points[0][1]
+    one, other = (
+        dataclasses.replace(swept, points={0: dict.fromkeys((*range(1, 101), last, 200), point)}).name
+        for last in (150, 151)
+    )
+    assert one.startswith("sweep-mixed-contexts1-to-200-102sizes-")
+    assert len(one) < 100
+    assert one != other, "as many sizes between the same two, but others"
+
+
 def test_a_size_is_kept_if_every_task_holds_as_many(tasks, monkeypatch, tmp_path):
     held = min(len(context.rows) for context in tasks.contexts)
     run = SimpleNamespace(source=SimpleNamespace(seeds=(3,)), settings=SimpleNamespace(total_steps=5))
