@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from focal.settings import override
 from focal.trainer.agent import augment
 from focal.trainer.bcq import bcq_targets, decoding_noise, perturbation_loss, twin_error, vae_loss
 from focal.trainer.contextual_bcq import ContextualBcq
+from focal.trainer.mbml import MbmlSettings
+from focal.trainer.mbml_teachers import Teachers
+from focal.trainer.methods import train_settings
 from focal.trainer.replay import TaskReplay, sample_joint_batch
 from focal.trainer.transform import ObservationTransform
 
@@ -104,6 +108,22 @@ def test_every_gradient_is_that_of_its_loss_through_one_graph(monkeypatch: pytes
             gradients(*networks), torch.autograd.grad(loss, parameters, retain_graph=True), strict=True
         ):
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("algo", ["contextual-bcq", "mbml"])
+def test_the_perturbation_learns_at_its_own_rate(algo: str):
+    """At the critic's rate of the point robots, 1e-3, it was at an end of its tanh after 20 steps, and stayed there."""
+    settings = override(train_settings("sparse-point-robot", "laptop", algo), {"critic_learning_rate": 2e-3})
+    if isinstance(settings, MbmlSettings):
+        sizes = 1, 2, 2
+        learner = Teachers(settings.teachers, settings.discount, settings.tau, False, *sizes, generator())
+        rule, others = settings.teachers.bcq, settings.teachers.learning_rate
+    else:
+        learner = ContextualBcq(settings, RAW, 2, generator())
+        rule, others = settings.bcq, settings.critic_learning_rate
+    rates = {name: optimiser.param_groups[0]["lr"] for name, optimiser in learner.optimisers.items()}
+    assert rates["perturbation"] == rule.perturbation_learning_rate == 3e-4
+    assert rates["critic"] == others > 3e-4
 
 
 def test_targets_follow_by_a_share_of_tau():

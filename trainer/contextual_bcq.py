@@ -93,7 +93,7 @@ class ContextualBcq:
             "encoder": adam(self.agent.encoder.parameters(), settings.encoder_learning_rate),
             "vae": adam(generative.parameters(), settings.actor_learning_rate),
             "critic": adam(critic.parameters(), settings.critic_learning_rate),
-            "perturbation": adam(self.agent.perturbation.parameters(), settings.actor_learning_rate),
+            "perturbation": adam(self.agent.perturbation.parameters(), settings.bcq.perturbation_learning_rate),
         }
 
     @property

@@ -52,7 +52,7 @@ class TeacherSettings:
     seed: int = 0  # of everything it draws; all seeds of a run share one first stage
     steps: int = 100_000  # gradient steps of BCQ
     batch_size: int = 100  # transitions per task and step of BCQ
-    learning_rate: float = 3e-4  # of BCQ's Adams
+    learning_rate: float = 3e-4  # of BCQ's Adams but the perturbation's
     pool: int = 1024  # transitions per task that the ensembles of all other tasks predict, for the second stage
     bcq: BcqSettings = field(
         default_factory=lambda: BcqSettings(
@@ -257,7 +257,7 @@ class Teachers:
         with torch.no_grad():
             decoded = self.decoder(states, decoding_noise((1, size, width), generator).expand(tasks, -1, -1))
         value_loss = perturbation_loss(self.critic.first, self.perturbation, states, decoded)
-        descend(self.optimisers["perturbation"], value_loss.sum())
+        norm, _ = descend(self.optimisers["perturbation"], value_loss.sum())
         polyak_update(self.target_critic, self.critic, self.tau)
         polyak_update(self.target_perturbation, self.perturbation, self.tau)
         return {
@@ -267,6 +267,7 @@ class Teachers:
             "critic/value": values.detach().mean(),
             "critic/value_largest": values.detach().abs().amax(),
             "perturbation/value": -value_loss.detach().mean(),
+            "perturbation/gradient_norm": norm,
         }
 
     def _update_ensemble(self, name: str, ensemble: PredictionEnsemble, batch: Batch, targets: Tensor) -> Metrics:
@@ -286,7 +287,7 @@ class Teachers:
         optimisers = {
             "vae": adam(generative.parameters(), rate),
             "critic": adam(self.critic.parameters(), rate),
-            "perturbation": adam(self.perturbation.parameters(), rate),
+            "perturbation": adam(self.perturbation.parameters(), self.settings.bcq.perturbation_learning_rate),
             "rewards": adam(self.rewards.parameters(), self.settings.rewards.learning_rate),
         }
         if self.transitions is not None:

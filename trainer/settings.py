@@ -89,12 +89,16 @@ class BcqSettings:
     candidates: int = 10  # actions proposed per state, in targets and when acting
     min_weight: float = 0.75  # of the smaller of the twin values in targets; the larger has the rest
     perturbation_limit: float = 0.05  # largest change of a proposed action, per dimension
+    # Its own, since the slope of a critic that has learnt nothing yet, which Adam follows at full speed, ties it to one
+    # end of its tanh for good: with 1e-3 and 3 x 256 within 20 steps, with 3e-4 not.
+    perturbation_learning_rate: float = 3e-4
     critic_hidden: tuple[int, ...] = (1024,) * 9  # hidden widths of the action values
     vae_hidden: tuple[int, ...] = (1024,) * 7  # hidden widths of both halves of the generative model
     perturbation_hidden: tuple[int, ...] = (1024,) * 8  # hidden widths of the perturbation
 
     def __post_init__(self) -> None:
-        require(self, "bcq.", above_zero=("candidates",), not_negative=("perturbation_limit",))
+        above_zero = ("candidates", "perturbation_learning_rate")
+        require(self, "bcq.", above_zero=above_zero, not_negative=("perturbation_limit",))
         require_share("bcq.min_weight", self.min_weight)
         require_widths(self, "bcq.")
 
