@@ -62,6 +62,7 @@ def test_paper_sizes_are_the_descriptions():
     assert (bcq.context_size, bcq.batch_size, bcq.steps, bcq.encoder_hidden) == (128, 128, 100_000, (200,) * 3)
     assert (len(bcq.bcq.critic_hidden), len(bcq.bcq.vae_hidden), len(bcq.bcq.perturbation_hidden)) == (9, 7, 8)
     assert (bcq.bcq.candidates, bcq.bcq.min_weight, bcq.bcq.perturbation_limit) == (10, 0.75, 0.05)
+    assert bcq.bcq.perturbation_learning_rate == mbml.teachers.bcq.perturbation_learning_rate == 3e-4
     assert (mbml.context_size, mbml.triplet_margin, mbml.encoder.kl_weight) == (64, 2.0, 0.1)
     assert mbml.teachers.bcq.vae_hidden == (750, 750)
     assert mbml.teachers.rewards == dataclasses.replace(mbml.teachers.rewards, members=20, hidden=(128,), steps=4000)
@@ -70,7 +71,8 @@ def test_paper_sizes_are_the_descriptions():
         algo: {train_settings(family, scale, algo).encoder.kl_weight for family in FAMILIES for scale in SCALES}
         for algo in RIVALS
     }
-    assert weights == {"batch-pearl": {0.1, 1.0}, "contextual-bcq": {0.0}, "mbml": {0.1}}  # 1 on the point robots
+    # of two weights the first is the point robots'
+    assert weights == {"batch-pearl": {1.0, 0.1}, "contextual-bcq": {0.0}, "mbml": {1e-3, 0.1}}
     varying = {family for family in FAMILIES if train_settings(family, "paper", "mbml").transitions_vary}
     assert varying == {"point-robot-wind", "walker-2d-params"}
 
