@@ -48,10 +48,20 @@ def return_curves(
                 axis.set_xscale("log")
         # a panel may lack a method that others have, so the legend is that of all
         handles = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(
-            handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8
-        )
+        _legend_below(figure, handles)
         return save(figure, path)
+
+
+def _legend_below(figure: Any, handles: Mapping[str, Any]) -> None:
+    """Draw a legend below the panels, of as many columns, at most four, as the picture is wide."""
+    for columns in (4, 3, 2, 1):
+        legend = figure.legend(
+            handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+        )
+        figure.draw_without_rendering()
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def _draw_curve(axis: Any, number: int, name: str, seeds: Mapping[int, Mapping[int, float]]) -> None:

@@ -31,6 +31,23 @@ def test_the_legend_names_a_method_that_the_first_panel_lacks(tmp_path):
     assert {"one", "two", "gradient steps", "sparse return", "return"} <= set(shown)
 
 
+@pytest.mark.parametrize("panels", [1, 2, 3])
+def test_the_legend_of_four_methods_fits_below_any_number_of_panels(tmp_path, monkeypatch, panels):
+    sizes = []
+
+    def measure(figure, path):
+        figure.draw_without_rendering()
+        sizes.append((figure.legends[0].get_window_extent().width, figure.bbox.width))
+        plt.close(figure)
+
+    monkeypatch.setattr(figures, "save", measure)
+    names = [f"{name}, diverged" for name in ("FOCAL", "Batch PEARL", "Contextual BCQ", "MBML")]
+    curves = {name: {0: {0: 1.0}, 1: {0: 2.0}} for name in names}
+    figures.return_curves(tmp_path / "x.png", {str(n): curves for n in range(panels)}, ["return"] * panels)
+    ((legend, whole),) = sizes
+    assert legend <= whole
+
+
 def test_curves_are_means_with_the_interval_over_seeds(tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update(axes=figure.axes) or plt.close(figure))
