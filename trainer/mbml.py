@@ -105,8 +105,8 @@ SCALES: dict[Scale, dict[str, Any]] = {
         "teachers.transitions.members": 4, "teachers.transitions.steps": 60,
     },
 }  # fmt: skip
-# The point robots' action values are below 10, those of the MuJoCo families that 0.1 was chosen with larger by far: what
-# an embedding saves of their squared error is worth less than 0.1 of its KL, so that posteriors ended at the prior.
+# The point robots' action values are below 10, those of the MuJoCo families, for which 0.1 is described, larger by far:
+# what an embedding saves of their squared error is worth less than 0.1 of its KL, so that posteriors ended at the prior.
 _SMALL_VALUES: dict[str, Any] = {"encoder.kl_weight": 1e-3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "sparse-point-robot": _SMALL_VALUES,
