@@ -30,9 +30,12 @@ from .trainer.settings import TrainSettings, hidden_widths
 
 # FOCAL's own laptop networks, which its results were measured with, are smaller than its rivals' 3 x 256.
 _LAPTOP_NETWORKS = ("focal:encoder_hidden=256,256,256", "focal:control_hidden=256,256,256")
-# Sizes meant for laptop runs of at most 15 minutes on two busy cores; what a step costs: docs/benchmarks.md.
+# Sizes meant for laptop runs of at most 15 minutes on two busy cores, and on the point robots for a first stage of MBML
+# of about an hour on one; what a step costs: docs/benchmarks.md.
 _LAPTOP_BATCHES = ("batch_size=64", "context_size=128", "mbml:context_size=64")
-_LAPTOP_POINT = (*_LAPTOP_BATCHES, "steps=5000", "meta_batch=8", "mbml:teachers.steps=1500")
+_LAPTOP_POINT = (
+    *_LAPTOP_BATCHES, "steps=3000", "meta_batch=8", "mbml:teachers.steps=1000", "mbml:teachers.rewards.steps=2000",
+)  # fmt: skip
 _LAPTOP_MANY = (*_LAPTOP_BATCHES, "steps=8000")
 _LAPTOP_SIZES = {
     "sparse-point-robot": _LAPTOP_POINT,

@@ -164,8 +164,8 @@ def test_the_runs_of_a_comparison_are_those_of_figure_3(folders, scale, tmp_path
 
 def test_terms_of_a_laptop_comparison():
     words = equal_terms("sparse-point-robot", "laptop", "mbml")
-    assert words == ("batch_size=64", "context_size=128", "context_size=64", "steps=5000", "meta_batch=8",
-                     "teachers.steps=1500")  # fmt: skip
+    assert words == ("batch_size=64", "context_size=128", "context_size=64", "steps=3000", "meta_batch=8",
+                     "teachers.steps=1000", "teachers.rewards.steps=2000")  # fmt: skip
     networks = ("encoder_hidden=256,256,256", "control_hidden=256,256,256")
     assert equal_terms("a-new-family", "laptop", "focal") == networks
     assert equal_terms("sparse-point-robot", "paper", "focal") == ()

@@ -106,7 +106,7 @@ SCALES: dict[Scale, dict[str, Any]] = {
     },
 }  # fmt: skip
 # The point robots' action values are below 10, those of the MuJoCo families, for which 0.1 is described, larger by far:
-# what an embedding saves of their squared error is worth less than 0.1 of its KL, so that posteriors ended at the prior.
+# what an embedding saves of their squared error is worth less than 0.1 of its KL, so posteriors ended at the prior.
 _SMALL_VALUES: dict[str, Any] = {"encoder.kl_weight": 1e-3}
 FAMILIES: dict[str, dict[str, Any]] = {
     "sparse-point-robot": _SMALL_VALUES,
