@@ -103,10 +103,16 @@ class Measured:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "Measured":
-        """Rebuild what `to_json` gave. Raises `KeyError` or `TypeError` for anything else."""
+        """Rebuild what `to_json` gave.
+
+        Raises `KeyError`, `TypeError`, `ValueError` or `AttributeError` for anything else.
+        """
         row = AblationRow(**{**values["row"], "changes": tuple(values["row"]["changes"])})
-        names = ("diverged", "numbers", "span", "identity", "provenance")
-        return Measured(row, tuple(values["seeds"]), **{name: values[name] for name in names})
+        numbers = {name: [float(number) for number in found] for name, found in values["numbers"].items()}
+        if "minutes" not in numbers:
+            raise KeyError("minutes")
+        names = ("diverged", "span", "identity", "provenance")
+        return Measured(row, tuple(values["seeds"]), numbers=numbers, **{name: values[name] for name in names})
 
 
 def ablation_rows(family: str, scale: str) -> dict[str, AblationRow]:
@@ -323,7 +329,7 @@ def read_measured(path: Path) -> Measured:
         if values["format"] != FORMAT:
             raise KeyError(values["format"])
         return Measured.from_json(values)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FocalError(f"{path} is damaged ({type(error).__name__}: {error}); delete it, then run focal-cli ablate "
                          "again") from None  # fmt: skip
 

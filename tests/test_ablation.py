@@ -201,8 +201,13 @@ def test_a_seed_that_diverges_is_a_result_and_other_failures_are_not(folders, mo
 
 
 def test_damaged_measurements_name_the_way_out(tmp_path):
-    for text in ("{", '{"format": "focal-ablation/1"}', '{"format": "other"}', "[]"):
-        path = tmp_path / "base.json"
+    good = measured(ablation_rows("sparse-point-robot", "laptop"), "base", [1.0, 2.0]).to_json()
+    path = tmp_path / "base.json"
+    path.write_text(json.dumps(good))
+    assert read_measured(path).numbers == good["numbers"]
+    wrong_numbers = ({"minutes": ["x"]}, {"minutes": 3}, {"right context": [1.0]}, [1.0])
+    texts = [json.dumps({**good, "numbers": numbers}) for numbers in wrong_numbers]
+    for text in (*texts, "{", '{"format": "focal-ablation/1"}', '{"format": "other"}', "[]"):
         path.write_text(text)
         with pytest.raises(FocalError, match=r"base\.json is damaged .* delete it"):
             read_measured(path)

@@ -134,7 +134,8 @@ class Mbml:
     Departures from the released code (reference-facts 5.3): a step takes `meta_batch` tasks, not all; transitions of
     other tasks come from a pool of P per task, which the ensembles, whose weights are fixed, predict once and not anew
     in every step; pairs of tasks without an accepted transition are left out of the triplet loss, not counted with the
-    constant margin (D19); acting decodes every state from the same candidates' noise.
+    constant margin (D19); acting decodes every state from the same candidates' noise; the point robots have a KL weight
+    of their own.
     """
 
     def __init__(

@@ -89,8 +89,8 @@ class BcqSettings:
     candidates: int = 10  # actions proposed per state, in targets and when acting
     min_weight: float = 0.75  # of the smaller of the twin values in targets; the larger has the rest
     perturbation_limit: float = 0.05  # largest change of a proposed action, per dimension
-    # Its own, since the slope of a critic that has learnt nothing yet, which Adam follows at full speed, ties it to one
-    # end of its tanh for good: with 1e-3 and 3 x 256 within 20 steps, with 3e-4 not.
+    # Its own, since Adam follows the slope of a critic that has learnt nothing yet at full speed: at 1e-3 a network of
+    # 3 x 256 was at an end of its tanh for good after 20 steps, at 3e-4 it was not.
     perturbation_learning_rate: float = 3e-4
     critic_hidden: tuple[int, ...] = (1024,) * 9  # hidden widths of the action values
     vae_hidden: tuple[int, ...] = (1024,) * 7  # hidden widths of both halves of the generative model
