@@ -43,7 +43,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # method, quality of the 
     "focal, regularised": ("focal", "expert", {**_NEAR, "schedule": "joint"}),
     "batch-pearl": ("batch-pearl", "mixed", _WIDE),
     "batch-pearl, regularised": ("batch-pearl", "expert", _NEAR),
-    "contextual-bcq": ("contextual-bcq", "expert", {"batch_size": 64, "steps": 3000}),
+    "contextual-bcq": ("contextual-bcq", "expert", {"batch_size": 64}),
     "mbml": (
         "mbml",
         "expert",  # its ensembles have no other task to relabel
