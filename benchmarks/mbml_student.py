@@ -20,7 +20,7 @@ from focal.evaluation.metatest import episode_seeds, task_returns
 from focal.experiment import collection_of, training_data
 from focal.trainer.agent import augment
 from focal.trainer.bcq import BcqAgent, best_candidate, candidate_actions, decoding_noise
-from focal.trainer.mbml_first_stage import first_stage
+from focal.trainer.mbml_first_stage import first_stage, first_stage_is_there
 from focal.trainer.mbml_teachers import Teachers
 from focal.trainer.replay import Batch, TaskReplay
 from focal.trainer.runs import load_agent, read_run
@@ -36,11 +36,18 @@ NOISES = 16  # drawn per state
 @click.option("--seed", default=0, help="Of the run.")
 @torch.no_grad()
 def main(run_dir: Path, stores: Path, seed: int) -> None:
+    """Compare the student of RUN_DIR, a run of MBML, with its teachers, beside it in teachers/."""
     torch.set_num_threads(1)
-    run, agent = read_run(run_dir), load_agent(run_dir, seed)
+    run = read_run(run_dir)
+    if run.settings.algo != "mbml":
+        raise click.UsageError(f"{run_dir} is a run of {run.settings.algo}, expected one of mbml")
+    agent = load_agent(run_dir, seed)
     assert isinstance(agent, BcqAgent)
     collection = collection_of(run, stores)
     data = training_data(collection, run.source.quality)
+    if not first_stage_is_there(run_dir.parent, run, data):
+        raise click.UsageError(f"no finished first stage of {run_dir} in {run_dir.parent / 'teachers'}; "
+                               "focal-cli train --algo mbml with the run's settings makes it")  # fmt: skip
     replay = TaskReplay(data.tasks, run.transform, run.settings, "cpu")
     teachers, _ = first_stage(run_dir.parent, run, data, replay)
     tasks, generator = torch.arange(len(replay)), torch.Generator().manual_seed(0)
@@ -74,9 +81,13 @@ def main(run_dir: Path, stores: Path, seed: int) -> None:
         found[f"squared error of generated actions, {name} embedding"] = action_error
     width = agent.decoder.noise_width
     noises = [decoding_noise((*batch.rewards.shape, width), generator) for _ in range(NOISES)]
-    found["variance of the teachers' actions in a state, over the noise"] = float(
-        torch.stack([decoded(teachers, batch, tasks, noise) for noise in noises]).var(dim=0).mean()
-    )
+    known = augment(batch.observations, embeddings)
+    for name, actions in {
+        "teacher": [decoded(teachers, batch, tasks, noise) for noise in noises],
+        "student": [agent.decoder(known, noise) for noise in noises],
+    }.items():
+        spread = torch.stack(actions).var(dim=0).mean()
+        found[f"variance of the {name}'s actions in a state, over the noise"] = float(spread)
     found["correlation of two teachers' mean slopes of action in noise"] = slope_correlation(
         teachers, batch, tasks, width
     )

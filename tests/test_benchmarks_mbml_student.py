@@ -46,6 +46,16 @@ def test_a_run_is_measured(mbml_student, collection, tmp_path):
     result = CliRunner().invoke(mbml_student.main, [str(tmp_path / "student"), *stores])
     assert result.exit_code == 0, (result.output, result.exception)
     found = json.loads(result.stdout)
-    assert len(found) == 10
+    assert len(found) == 11
     assert found["squared error of values, own embedding"] > 0
-    assert found["variance of the teachers' actions in a state, over the noise"] > 0
+    assert found["variance of the teacher's actions in a state, over the noise"] > 0
+    (tmp_path / "teachers").rename(tmp_path / "elsewhere")
+    result = CliRunner().invoke(mbml_student.main, [str(tmp_path / "student"), *stores])
+    assert result.exit_code == 2
+    assert "no finished first stage" in result.output
+
+
+def test_a_run_of_another_method_is_refused(mbml_student, point_run):
+    result = CliRunner().invoke(mbml_student.main, [str(point_run[3] / "point")])
+    assert result.exit_code == 2
+    assert "is a run of focal, expected one of mbml" in result.output
