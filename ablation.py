@@ -130,6 +130,8 @@ def ablation_rows(family: str, scale: str) -> dict[str, AblationRow]:
     add("one-draw", "one context per task, tasks drawn with replacement", "base", "context_draws=1",
         "task_replacement=true")  # fmt: skip
     add("probabilistic", "Gaussian posterior, KL and metric loss", "base", "encoder.kind=probabilistic")
+    # with the family's KL weight the posterior may stay at the prior, which says little of the kind of encoder
+    add("probabilistic-weak-kl", "the same with the KL hardly weighed", "probabilistic", "encoder.kl_weight=1e-3")
     without = base.next_observation_in_context
     add("no-next-observation" if without else "next-observation", "next observation in the context: " +
         ("no" if without else "yes"), "base", f"next_observation_in_context={str(not without).lower()}")  # fmt: skip

@@ -63,8 +63,10 @@ def test_every_row_is_possible_and_differs_from_its_own_comparison_in_one_choice
         seen.add(name)
     resolved = [json.dumps(to_dict(settings_of(family, scale, row))) for row in rows.values()]
     assert len(set(resolved)) == len(resolved), "no row twice"
-    wanted = {"power-inverse", "power-linear", "power-square", "probabilistic", "probabilistic-no-metric", "coupled",
-              "wasserstein", "D1", "D2", "D3", "D4", "D6", "D7", "released-distance"}  # fmt: skip
+    wanted = {
+        "power-inverse", "power-linear", "power-square", "probabilistic", "probabilistic-weak-kl",
+        "probabilistic-no-metric", "coupled", "wasserstein", "D1", "D2", "D3", "D4", "D6", "D7", "released-distance",
+    }  # fmt: skip
     assert wanted <= set(rows)
     assert coupled == {"none", "value-penalty", "policy"}
     assert {settings_of(family, scale, row).schedule for row in rows.values()} == {"joint", "encoder-first"}
