@@ -96,6 +96,11 @@ def test_constant_zero_columns_are_not_blown_up_and_none_keeps_numbers():
     assert fit_transform([rows], "none", False, None).scale == (1.0, 1.0)
 
 
+def test_root_mean_square_is_over_the_rows_of_all_tasks():
+    tasks = [np.array([[0.0, 1.0]], np.float32), np.array([[0.0, -1.0], [0.0, 5.0]], np.float32)]
+    assert fit_transform(tasks, "rms", False, None).scale == (1.0, 3.0)  # sqrt((1 + 1 + 25) / 3)
+
+
 def test_transform_survives_json_exactly():
     transform = fit_transform([np.array([[1 / 3, 0.1]], np.float32)], "absmax", False, None)
     assert ObservationTransform.from_json(transform.to_json()) == transform

@@ -73,15 +73,19 @@ def fit_transform(
 ) -> ObservationTransform:
     """Fit the transform on the training tasks' raw `observations`, each (rows, obs_dim).
 
-    "absmax" divides each column by its largest absolute value over all tasks; "none" by 1. `hide_x` drops the column
-    `absolute_x`: half-cheetah observations hold the absolute x, whose sign gives the direction away.
+    "absmax" divides each column by its largest absolute value over all tasks, as in the paper; "rms" by its root mean
+    square, which one hard landing does not decide; "none" by 1. `hide_x` drops the column `absolute_x`: half-cheetah
+    observations hold the absolute x, whose sign gives the direction away.
     """
     if hide_x and absolute_x is None:
         raise UsageError("hide_x is on, but this family's observations hold no absolute x; --set hide_x=false")
     raw_dim = observations[0].shape[1]
     kept = tuple(column for column in range(raw_dim) if not (hide_x and column == absolute_x))
-    scale = np.ones(raw_dim, dtype=np.float32)
+    size = np.ones(raw_dim)
     if observation_scale == "absmax":
-        largest = np.max([np.maximum(rows.max(axis=0), -rows.min(axis=0)) for rows in observations], axis=0)
-        scale = np.where(largest > _SMALLEST_SCALE, largest, 1.0).astype(np.float32)
+        size = np.max([np.maximum(rows.max(axis=0), -rows.min(axis=0)) for rows in observations], axis=0)
+    elif observation_scale == "rms":
+        squares = np.sum([np.square(rows, dtype=np.float64).sum(axis=0) for rows in observations], axis=0)
+        size = np.sqrt(squares / sum(len(rows) for rows in observations))
+    scale = np.where(size > _SMALLEST_SCALE, size, 1.0).astype(np.float32)
     return ObservationTransform(raw_dim, kept, tuple(scale[list(kept)].tolist()))
