@@ -304,8 +304,8 @@ def print_test(tested: RunTest) -> None:
     uncounted = len(result.counted) - int(result.counted.sum())
     if uncounted:
         console.print(
-            f"{uncounted} of {len(result.counted)} behaviour experts failed their test or are not known: "
-            "not in the score"
+            f"{uncounted} of {len(result.counted)} behaviour experts failed their test, earn hardly more than the "
+            "untrained policy, or are not known: not in the score"
         )
 
 

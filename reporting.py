@@ -158,12 +158,12 @@ def embedding_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def task_scores(document: Mapping[str, Any]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Names of the tasks (K) whose expert deserves the name, and normalised scores (S, K) of three conditions on them.
+    """Names of the tasks (K) that have a normalised score, and these scores (S, K) of three conditions.
 
-    Both are empty where no expert does.
+    Both are empty where no task has one.
     """
     seeds = list(document["seeds"].values())
-    counted = np.array(seeds[0]["expert_passed"], bool)
+    counted = np.array(seeds[0].get("scored", seeds[0].get("expert_passed")), bool)  # the latter in older files
     scores = {}
     for condition in (CONDITIONS[0], CONDITIONS[1], CONDITIONS[-1]):
         rows = [seed["conditions"].get(condition, {}).get("task_scores") for seed in seeds]

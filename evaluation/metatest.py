@@ -20,7 +20,7 @@ from ..trainer.diagnostics import embedding_metrics
 from ..trainer.networks import TanhGaussianPolicy
 from ..trainer.policies import load_policy
 from .embeddings import embed_contexts, nearest_centroid_accuracy, spread
-from .statistics import normalised
+from .statistics import normalised, scored_tasks
 
 RIGHT, WRONG, UNTRAINED, ZERO, EXPERT = "right context", "wrong context", "untrained", "zero action", "expert"
 CONDITIONS = (RIGHT, WRONG, UNTRAINED, ZERO, EXPERT)
@@ -125,7 +125,7 @@ class MetaTestResult:
     untrained_reference: np.ndarray  # (K,) deterministic untrained behaviour policy, reported reward; NaN: not known
     expert_reference: np.ndarray  # (K,) deterministic behaviour expert, reported reward; NaN: not known
     optimum: np.ndarray | None  # (K,) where a closed-form optimum exists
-    counted: np.ndarray  # (K,) bool: the task's behaviour expert passed its absolute test and beats the untrained one
+    counted: np.ndarray  # (K,) bool: the task has a normalised score (statistics.scored_tasks)
     embeddings: np.ndarray = field(repr=False)  # (K, E, L) of the right contexts
     centroids: np.ndarray = field(repr=False)  # (K, L) mean embedding of each task's logged contexts
     context_returns: TaskReturns | None = None  # (K, E, R) of episodes that were rolled out for a context
@@ -145,13 +145,13 @@ class MetaTestResult:
         return float(self.conditions[condition].reported.mean())
 
     def task_scores(self, condition: str) -> np.ndarray:
-        """Normalised return (K,): (return - untrained) / (expert - untrained); NaN where the expert failed its test."""
+        """Normalised return (K,): (return - untrained) / (expert - untrained); NaN for a task that is not `counted`."""
         per_task = self.conditions[condition].reported.mean(axis=1)
         scores = normalised(per_task, self.untrained_reference, self.expert_reference)
         return np.where(self.counted, scores, np.nan)
 
     def score(self, condition: str) -> float | None:
-        """Mean of `task_scores` over the tasks whose expert deserves the name; None where there is none."""
+        """Mean of `task_scores` over the tasks that are `counted`; None where there is none."""
         return float(np.nanmean(self.task_scores(condition))) if self.counted.any() else None
 
     def share_of_optimum(self, condition: str) -> float | None:
@@ -174,7 +174,7 @@ class MetaTestResult:
             "optimum": None if self.optimum is None else self.optimum.tolist(),
             "untrained_reference": _or_none(self.untrained_reference),
             "expert_reference": _or_none(self.expert_reference),
-            "expert_passed": self.counted.tolist(),
+            "scored": self.counted.tolist(),
             "embeddings": self.embeddings.tolist(),
             "centroids": self.centroids.tolist(),
             "context_returns": None if self.context_returns is None else self.context_returns.to_json(),
@@ -255,9 +255,7 @@ def meta_test(
         untrained_reference=untrained_reference,
         expert_reference=expert_reference,
         optimum=_optimum(tasks),
-        counted=reached
-        & np.isfinite(expert_reference - untrained_reference)
-        & (expert_reference > untrained_reference),
+        counted=scored_tasks(reached, untrained_reference, expert_reference),
         embeddings=contexts.embeddings.reshape(count, episodes, -1),
         centroids=task_centroids(agent, tasks, seed),
         context_returns=contexts.returns,

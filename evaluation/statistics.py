@@ -13,6 +13,7 @@ import numpy as np
 import scipy.stats
 
 BOOTSTRAP_FROM = 10  # seeds; below that a bootstrap's interval is too short, and Student's t is used
+LEAST_SPAN = 0.1  # of the median (expert - untrained): a task with less has no normalised score
 _RESAMPLES = 9999
 
 Scores = np.ndarray | Sequence[Sequence[float]]
@@ -164,3 +165,14 @@ def normalised(returns: np.ndarray, untrained: np.ndarray, reference: np.ndarray
     """Return (returns - untrained) / (reference - untrained), elementwise; infinite where the two references agree."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return (np.asarray(returns) - untrained) / (reference - untrained)
+
+
+def scored_tasks(reached: np.ndarray, untrained: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Tell which tasks (K,) have a normalised return that says something.
+
+    Their expert `reached` the absolute test, and earns above the untrained policy at least `LEAST_SPAN` of what is the
+    median of such tasks: where standing still is almost the optimum, a score divides by next to nothing.
+    """
+    spans = reference - untrained
+    sound = reached & np.isfinite(spans) & (spans > 0)
+    return sound & (spans >= LEAST_SPAN * np.median(spans[sound])) if sound.any() else sound

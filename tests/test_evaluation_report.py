@@ -118,14 +118,14 @@ def test_its_commands_say_exactly_what_was_done(point_run):
 
 
 def test_scores_keep_their_tasks_names_where_an_expert_failed():
-    seed = {"tasks": [4, 7, 9], "expert_passed": [True, False, True],
+    seed = {"tasks": [4, 7, 9], "scored": [True, False, True],
             "conditions": {"right context": {"task_scores": [0.5, None, 0.9]}}}  # fmt: skip
     names, scores = task_scores({"seeds": {"0": seed, "1": seed}})
     assert names == ["task 4", "task 9"]
     assert scores["right context"].tolist() == [[0.5, 0.9]] * 2
     drawn = plots.task_scores(scores, names, "score")["data"][0]
     assert (drawn["x"], drawn["y"]) == (["task 4", "task 9"], [0.5, 0.9])
-    failed = seed | {"expert_passed": [False] * 3}
+    failed = seed | {"scored": [False] * 3}
     assert task_scores({"seeds": {"0": failed}}) == ([], {})
 
 

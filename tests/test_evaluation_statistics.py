@@ -13,6 +13,7 @@ from focal.evaluation.statistics import (
     over_seeds,
     performance_profile,
     probability_of_improvement,
+    scored_tasks,
     seed_interval,
     verdict,
 )
@@ -171,3 +172,12 @@ def test_probability_of_improvement_has_an_interval_from_ten_seeds():
 def test_normalised_scores():
     assert normalised(np.array([10.0, 60.0, 110.0]), 10.0, 110.0).tolist() == [0.0, 0.5, 1.0]
     assert not np.isfinite(normalised(np.array([1.0]), 5.0, 5.0)).any()
+
+
+def test_tasks_without_a_score_failed_are_unknown_or_have_an_expert_hardly_above_the_untrained_policy():
+    untrained, expert = np.full(6, -10.0), np.array([-7.0, 215.0, 433.0, 90.0, np.nan, -12.0])
+    reached = np.array([True, True, True, False, True, True])
+    # spans 3, 225, 443 of sound tasks, median 225: at least 22.5
+    assert scored_tasks(reached, untrained, expert).tolist() == [False, True, True, False, False, False]
+    assert scored_tasks(reached[:1], untrained[:1], expert[:1]).tolist() == [True]
+    assert not scored_tasks(reached[3:], untrained[3:], expert[3:]).any()
