@@ -44,7 +44,7 @@ _SHORT_POINT = (
 SHORT: dict[str, tuple[str, ...]] = {
     _POINT: _SHORT_POINT,
     _WIND: _SHORT_POINT,
-    _VEL: ("steps=7000",),
+    _VEL: ("steps=4000",),
     # a run counts as diverged at some three times reward_scale 5 times 6 m/s / (1 - discount), more than can be earned
     _DIR: ("value_limit=1e4",),
     _ANT: ("value_limit=1e4",),

@@ -191,13 +191,14 @@ def four_variants(family: str) -> tuple[Training, ...]:
 
 
 def coupled_and_not(kind: str) -> tuple[Training, ...]:
-    """FOCAL on Walker with decoupled and with coupled gradients, under one kind of regularisation (figures 5 and 9)."""
-    changes = (f"regularisation.kind={kind}",)
-    own = "" if kind == "policy" else kind  # policy is the family's default
-    variants = (own, f"{own}-coupled" if own else "coupled")
+    """FOCAL on Walker with decoupled and with coupled gradients, under one kind of regularisation (figures 5 and 9).
+
+    Both joint, as in the paper: a frozen encoder has no gradient.
+    """
+    changes = ("schedule=joint", f"regularisation.kind={kind}")
     return (
-        focal(WALKER, "FOCAL", variants[0], *(changes if own else ())),
-        focal(WALKER, "FOCAL, coupled gradients", variants[1], *(changes if own else ()), "gradients=coupled"),
+        focal(WALKER, "FOCAL", f"{kind}-joint", *changes),
+        focal(WALKER, "FOCAL, coupled gradients", f"{kind}-coupled", *changes, "gradients=coupled"),
     )
 
 

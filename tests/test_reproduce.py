@@ -75,6 +75,13 @@ def test_runs_of_two_items_share_a_name_only_if_they_are_the_same_run():
     assert Training(POINT, "mixed", "").name("smoke") == "point-mixed-smoke"
 
 
+@pytest.mark.parametrize("scale", ["smoke", "laptop", "paper"])
+def test_the_runs_of_every_item_are_possible(scale):
+    for item in ITEMS.values():
+        for training in item.trainings:
+            training.settings(scale).check()
+
+
 def test_a_part_of_an_item_is_about_the_families_asked_for():
     part = find_items("figure", "3")[0].restricted([WIND, POINT])
     assert {training.family for training in part.trainings} == {POINT, WIND}
