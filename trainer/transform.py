@@ -73,7 +73,7 @@ def fit_transform(
 ) -> ObservationTransform:
     """Fit the transform on the training tasks' raw `observations`, each (rows, obs_dim).
 
-    "absmax" divides each column by its largest absolute value over all tasks, as in the paper; "rms" by its root mean
+    "absmax" divides each column by its largest absolute value over all tasks, as released; "rms" by its root mean
     square, which one hard landing does not decide; "none" by 1. `hide_x` drops the column `absolute_x`: half-cheetah
     observations hold the absolute x, whose sign gives the direction away.
     """
