@@ -47,7 +47,8 @@ def first_stage(settings: MbmlSettings, data: Sequence[Transitions]) -> Callable
 def method(algo: str, data: Sequence[Transitions]) -> tuple[Callable[[], object], int]:
     """Return a step of a method (joint training), and its transitions per step."""
     equal = parse_assignments(equal_terms("half-cheetah-vel", "laptop", algo))  # as `focal-cli compare` has them
-    settings = override(train_settings("half-cheetah-vel", "laptop", algo), equal)
+    joint = {"schedule": "joint"} if algo == "focal" else {}  # else its first steps are of the encoder alone
+    settings = override(train_settings("half-cheetah-vel", "laptop", algo), {**equal, **joint})
     replay, draw = TaskReplay(data, TRANSFORM, settings), torch.Generator().manual_seed(0)
     if isinstance(settings, MbmlSettings):
         small = override(settings, {"teachers.pool": 64})

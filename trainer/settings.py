@@ -368,7 +368,7 @@ _LAPTOP_MUJOCO: dict[str, Any] = {
     "checkpoint_every": 1000, "eval_every": 2000,
 }  # fmt: skip
 # With the settings above FOCAL earned on half-cheetah-vel what standing still earns (docs/results.md). Observations
-# divided by their largest value are all but 0; embeddings that still move are to policy and discriminator new tasks.
+# divided by their largest value are mostly small; embeddings that still move are new tasks to policy and discriminator.
 _LAPTOP_MANY: dict[str, Any] = {
     **_LAPTOP_MUJOCO, "schedule": "encoder-first", "encoder_steps": 3000, "meta_batch": 8, "batch_size": 32,
     "context_size": 100, "actor_learning_rate": 3e-4, "entropy.weight": 0.2, "observation_scale": "rms",
