@@ -208,9 +208,9 @@ def choose_rows(known: Mapping[str, AblationRow], names: Iterable[str]) -> list[
 def ablate(request: AblateRequest, progress: TrainProgress | None = None) -> list[Measured]:
     """Train what is missing of the rows, continue what was cut, test, and keep what was measured.
 
-    A row that was measured with these settings, seeds and data, here or where its file came from, is not trained again.
-    A seed whose values diverge is not an error here but a result, and is not trained again either. Raises `UsageError`
-    for an unknown row before anything is trained, and as `train_run` and `test_run` do.
+    A row that was measured with these settings, data and at least these seeds, here or where its file came from, is not
+    trained again. A seed whose values diverge is not an error here but a result, and is not trained again either.
+    Raises `UsageError` for an unknown row before anything is trained, and as `train_run` and `test_run` do.
     """
     collection = open_collection(request.train.collection)
     scale = request.train.scale or collection.scale
@@ -263,9 +263,11 @@ def _identity(request: AblateRequest, plan: PlannedRun, collection: Collection) 
 
 
 def _kept(path: Path, identity: Mapping[str, Any], seeds: tuple[int, ...]) -> Measured | None:
-    """What was measured of a row before, None if nothing was or with other settings, data, test or seeds."""
+    """What was measured of a row before: with these settings, data and test, and at least these seeds. Else None."""
     before = read_measured(path) if path.exists() else None
-    return before if before is not None and (before.identity, before.seeds) == (identity, seeds) else None
+    if before is None or before.identity != identity or not set(seeds) <= set(before.seeds):
+        return None
+    return before
 
 
 def _measure(
@@ -396,6 +398,9 @@ def ablation_page(name: str, measured: Mapping[str, Measured], known: Mapping[st
         lines.append(f"- **{row.name}**: {row.what} ({sets})")
     lines += [
         "",
-        *(f"    make ablation ENV={alias} DATA={quality} ROW={row} SEEDS={len(first.seeds)}" for row in known),
+        *(
+            f"    make ablation ENV={alias} DATA={quality} ROW={row} SEEDS={len(measured.get(row, first).seeds)}"
+            for row in known
+        ),
     ]
     return "\n".join(lines) + "\n"

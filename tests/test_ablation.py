@@ -115,7 +115,9 @@ def test_the_table_says_what_a_difference_shows():
     assert lines["D6"]["difference"].endswith(", not distinguishable")
     assert lines["D7"]["difference"].endswith(", undecided")
     assert lines["D1"]["difference"] == lines["base"]["difference"] == "-"
+    found["D2"] = measured(rows, "D2", [10.0, 10.2])
     page = ablation_page("point-mixed", found, rows)
+    assert "    make ablation ENV=point DATA=mixed ROW=D2 SEEDS=2\n" in page, "a row's own number of seeds"
     assert "| power-linear | base |" in page
     assert "Not run: power-inverse, power-square" in page
     assert "    make ablation ENV=point DATA=mixed ROW=coupled SEEDS=3\n" in page
@@ -178,8 +180,10 @@ def test_ablate_trains_tests_and_resumes(folders, monkeypatch, tmp_path):
     words = ["ablate", "--episodes", 2, "--rows", "power-linear", "--json", *folders[:2], "--runs", elsewhere]
     assert json.loads(cli(*words, "--seeds", 2)) == first
     assert [path.name for path in elsewhere.iterdir()] == ["ablations"], "nothing was trained"
-    (other,) = json.loads(cli(*words[:3], "--seeds", 1, "--rows", "base", *words[5:]))
-    assert other["seeds"] == [0]
+    assert json.loads(cli(*words, "--seeds", 1)) == first, "what more seeds measured is kept"
+    assert [path.name for path in elsewhere.iterdir()] == ["ablations"]
+    (other,) = json.loads(cli("ablate", "--episodes", 1, "--seeds", 1, "--rows", "base", *words[5:]))
+    assert other["seeds"] == [0], "another test is another measurement"
     assert "did you mean 'power-linear'" in cli(*command, "--rows", "power-liner", code=2)
 
 
