@@ -27,7 +27,7 @@ from .provenance import provenance
 from .settings import override, parse_assignments, to_dict
 from .trainer.files import read_json
 from .trainer.methods import train_settings
-from .trainer.runs import seed_folder
+from .trainer.runs import read_run, seed_folder
 from .trainer.settings import FocalSettings
 from .trainer.training import DIVERGED
 
@@ -273,8 +273,8 @@ def _kept(path: Path, identity: Mapping[str, Any], seeds: tuple[int, ...]) -> Me
 def _measure(
     request: AblateRequest, row: AblationRow, plan: PlannedRun, collection: Collection, folder: Path
 ) -> Measured:
-    """Test a trained row and keep what was found."""
-    run_dir, seeds = plan.run_dir, plan.source.seeds
+    """Test a trained row, with the seeds that it had before, and keep what was found."""
+    run_dir, seeds = plan.run_dir, read_run(plan.run_dir).source.seeds
     stops = {str(seed): stop for seed in seeds if (stop := _diverged(run_dir, seed)) is not None}
     numbers, span = _logged_numbers(run_dir, seeds), None
     if not stops:

@@ -182,8 +182,9 @@ def test_ablate_trains_tests_and_resumes(folders, monkeypatch, tmp_path):
     assert [path.name for path in elsewhere.iterdir()] == ["ablations"], "nothing was trained"
     assert json.loads(cli(*words, "--seeds", 1)) == first, "what more seeds measured is kept"
     assert [path.name for path in elsewhere.iterdir()] == ["ablations"]
-    (other,) = json.loads(cli("ablate", "--episodes", 1, "--seeds", 1, "--rows", "base", *words[5:]))
-    assert other["seeds"] == [0], "another test is another measurement"
+    (other,) = json.loads(cli("ablate", "--episodes", 1, "--seeds", 1, "--rows", "base", "--json", *folders))
+    assert other["seeds"] == [0, 1], "another test, of all that was trained"
+    assert all(len(values) == 2 for values in other["numbers"].values())
     assert "did you mean 'power-linear'" in cli(*command, "--rows", "power-liner", code=2)
 
 
