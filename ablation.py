@@ -169,8 +169,9 @@ def _add_schedules(rows: dict[str, AblationRow], add: Any, base: FocalSettings, 
     for kind, name in joint.items():
         suffix = "" if name in ("base", "joint") else f"-{_KINDS[kind]}"
         add(f"coupled{suffix}", f"coupled gradients; regularisation: {kind}", name, "gradients=coupled")
-    add("probabilistic-no-metric", "Gaussian posterior trained by KL and Bellman error, no metric loss", "coupled",
-        "encoder.kind=probabilistic", "distance.weight=0")  # fmt: skip
+    add("no-metric", "the encoder trained by the Bellman error alone", "coupled", "distance.weight=0")
+    add("probabilistic-no-metric", "the same with a Gaussian posterior and its KL", "no-metric",
+        "encoder.kind=probabilistic")  # fmt: skip
 
 
 def _regularised(base: FocalSettings, kind: str) -> tuple[str, ...]:
