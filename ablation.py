@@ -319,7 +319,7 @@ def _draw_values(folder: Path, title: str, planned: Mapping[str, PlannedRun]) ->
     from .evaluation import figures
 
     curves = {
-        name: logged(plan.run_dir, plan.source.seeds, "metrics", "critic/value")
+        name: logged(plan.run_dir, read_run(plan.run_dir).source.seeds, "metrics", "critic/value")
         for name, plan in planned.items()
         if plan.run_dir.is_dir()  # else what was measured came from elsewhere
     }

@@ -100,7 +100,8 @@ def value_curves(path: Path, panels: Mapping[str, Curves]) -> list[Path]:
                     axis.plot(steps, [curve[step] for step in steps], color=COLOURS[number], lw=1.1, label=label)
             axis.set_yscale("symlog", linthresh=100)
             axis.set(xlabel="gradient steps", ylabel="mean value of the batch", title=title)
-            axis.legend(frameon=False, fontsize=8)
+            # below its panel: beside the curves there is no room for many, and panels differ in theirs
+            axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22))
         return save(figure, path)
 
 
