@@ -113,7 +113,7 @@ def matmul_rate(dtype: torch.dtype, device: str, seconds: float = 3.0) -> tuple[
     return best
 
 
-def measure(rounds: int, seconds: float, device: str) -> dict[str, Any]:
+def measure(rounds: int, seconds: float, device: str, precisions: Sequence[str]) -> dict[str, Any]:
     """Measure everything in turns, so that all cases meet the same load; medians over all stretches."""
     settings = train_settings("half-cheetah-vel", "paper")
     assert isinstance(settings, FocalSettings)
@@ -126,12 +126,13 @@ def measure(rounds: int, seconds: float, device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         del steps["plain eager fp32"]  # it is written for the CPU
+    steps = {name: step for name, step in steps.items() if name.rsplit(" ", 1)[1] in precisions}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    matmul: dict[str, list[tuple[float, float]]] = {"fp32": [], "bf16": []}
+    matmul: dict[str, list[tuple[float, float]]] = {name: [] for name in precisions}
     load, cpu, wall = os.getloadavg()[0], time.process_time(), time.perf_counter()
     for _ in range(rounds):
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            matmul[name].append(matmul_rate(dtype, device))
+        for name, measured in matmul.items():
+            measured.append(matmul_rate({"fp32": torch.float32, "bf16": torch.bfloat16}[name], device))
         for name, step in steps.items():
             found[name] += rates(step, seconds, device)
     cores = (time.process_time() - cpu) / (time.perf_counter() - wall)
@@ -174,10 +175,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="per case and round")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"),
+                        help="fp32 alone on a CPU without bf16 instructions, which is very slow at it")  # fmt: skip
     parser.add_argument("--json", action="store_true", dest="as_json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result = measure(arguments.rounds, arguments.seconds, arguments.device)
+    result = measure(arguments.rounds, arguments.seconds, arguments.device, arguments.precisions)
     if arguments.as_json:
         print(json.dumps(result, indent=2))
         return
