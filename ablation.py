@@ -226,7 +226,7 @@ def ablate(request: AblateRequest, progress: TrainProgress | None = None) -> lis
             kept[name] = found
     _train({name: plan for name, plan in planned.items() if name not in kept}, request.train, progress)
     measured = [kept.get(row.name) or _measure(request, row, planned[row.name], collection, folder) for row in rows]
-    _draw_values(folder, stem, planned)
+    _draw_values(folder, stem, planned, measured)
     return measured
 
 
@@ -274,7 +274,7 @@ def _kept(path: Path, identity: Mapping[str, Any], seeds: tuple[int, ...]) -> Me
 def _measure(
     request: AblateRequest, row: AblationRow, plan: PlannedRun, collection: Collection, folder: Path
 ) -> Measured:
-    """Test a trained row, with the seeds that it had before, and keep what was found."""
+    """Test a trained row, with all seeds that its run has, and keep what was found."""
     run_dir, seeds = plan.run_dir, read_run(plan.run_dir).source.seeds
     stops = {str(seed): stop for seed in seeds if (stop := _diverged(run_dir, seed)) is not None}
     numbers, span = _logged_numbers(run_dir, seeds), None
@@ -314,14 +314,14 @@ def _span(tested: RunTest) -> float | None:
     return float((first.expert_reference - first.untrained_reference)[first.counted].mean())
 
 
-def _draw_values(folder: Path, title: str, planned: Mapping[str, PlannedRun]) -> None:
+def _draw_values(folder: Path, title: str, planned: Mapping[str, PlannedRun], measured: Iterable[Measured]) -> None:
     """Draw the critics' mean values of up to as many rows as there are colours (figures 10 and 11)."""
     from .evaluation import figures
 
     curves = {
-        name: logged(plan.run_dir, read_run(plan.run_dir).source.seeds, "metrics", "critic/value")
-        for name, plan in planned.items()
-        if plan.run_dir.is_dir()  # else what was measured came from elsewhere
+        found.row.name: logged(planned[found.row.name].run_dir, found.seeds, "metrics", "critic/value")
+        for found in measured
+        if planned[found.row.name].run_dir.is_dir()  # else what was measured came from elsewhere
     }
     if 0 < len(curves) <= len(figures.COLOURS):
         figures.value_curves(folder / "values.png", {title: curves})

@@ -1,6 +1,6 @@
 """Speed of stage two: transitions per second and share of the matrix-product rate, beside a plain eager implementation.
 
-    python benchmarks/stage_two.py [--threads N] [--rounds N] [--json]
+    python benchmarks/stage_two.py [--threads N] [--rounds N] [--precisions fp32] [--json]
 
 The paper's configuration of half-cheetah-vel (16 tasks x 256 transitions, 3 discriminator steps, its networks) on
 made-up data of its dimensions. docs/benchmarks.md says how floating-point operations are counted and what was measured.
