@@ -382,7 +382,11 @@ def ablation_page(name: str, measured: Mapping[str, Measured], known: Mapping[st
         raise FocalError(f"no row of {name} was measured yet; focal-cli ablate --rows base")
     first = next(iter(measured.values()))
     alias, quality = get_family(first.identity["family"]).alias, first.identity["quality"]
-    missing = [row for row in known if row not in measured]
+    done = [row for name, row in known.items() if name in measured]
+    not_run = "Every row was run."
+    if missing := [name for name in known if name not in measured]:
+        not_run = (f"Not run: {', '.join(missing)} (`focal-cli ablate --env {alias}` says what each is, "
+                   f"`make ablation ENV={alias} DATA={quality} ROW={missing[0]}` runs one).")  # fmt: skip
     lines = [
         f"## {name}",
         "",
@@ -391,17 +395,17 @@ def ablation_page(name: str, measured: Mapping[str, Measured], known: Mapping[st
         f"Content hash of the data {first.identity['content_hash'][:12]}.",
         "",
         markdown(table_rows(measured, known)),
-        f"Not run: {', '.join(missing)}.\n" if missing else "Every row was run.\n",
+        f"{not_run}\n",
     ]
-    for row in known.values():
+    for row in done:
         own = row.changes[len(known[row.against].changes) if row.against else 0 :]
         sets = " ".join(f"`{word}`" for word in own) or "nothing changed"
         lines.append(f"- **{row.name}**: {row.what} ({sets})")
     lines += [
         "",
         *(
-            f"    make ablation ENV={alias} DATA={quality} ROW={row} SEEDS={len(measured.get(row, first).seeds)}"
-            for row in known
+            f"    make ablation ENV={alias} DATA={quality} ROW={row.name} SEEDS={len(measured[row.name].seeds)}"
+            for row in done
         ),
     ]
     return "\n".join(lines) + "\n"

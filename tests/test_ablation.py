@@ -120,9 +120,10 @@ def test_the_table_says_what_a_difference_shows():
     page = ablation_page("point-mixed", found, rows)
     assert "    make ablation ENV=point DATA=mixed ROW=D2 SEEDS=2\n" in page, "a row's own number of seeds"
     assert "| power-linear | base |" in page
+    assert "- **power-linear**: distance metric loss of power 1 (`distance.power=1`)" in page
     assert "Not run: power-inverse, power-square" in page
-    assert "    make ablation ENV=point DATA=mixed ROW=coupled SEEDS=3\n" in page
-    assert "- **coupled**: coupled gradients; regularisation: none (`gradients=coupled`)" in page
+    assert "`make ablation ENV=point DATA=mixed ROW=power-inverse` runs one)." in page
+    assert "**coupled**" not in page, "of a row that was not run, the name only"
     with pytest.raises(FocalError, match="no row of point-mixed was measured"):
         ablation_page("point-mixed", {}, rows)
 
