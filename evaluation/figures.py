@@ -86,7 +86,7 @@ def _draw_band(axis: Any, x: Sequence[float], intervals: Sequence[Interval], col
 
 
 def value_curves(path: Path, panels: Mapping[str, Curves]) -> list[Path]:
-    """Draw the critics' mean value against gradient steps; where one exceeds 10,000, logarithmic beyond +-100.
+    """Draw the critics' mean value against gradient steps; a panel with one beyond +-10,000 is logarithmic from +-100.
 
     One line per seed, so that one that diverges is not averaged away.
     """
@@ -98,8 +98,8 @@ def value_curves(path: Path, panels: Mapping[str, Curves]) -> list[Path]:
                     steps = sorted(curve)
                     label = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})" if i == 0 else None
                     axis.plot(steps, [curve[step] for step in steps], color=COLOURS[number], lw=1.1, label=label)
-            values = [abs(value) for seeds in curves.values() for curve in seeds.values() for value in curve.values()]
-            if max(values, default=0.0) > 10_000:
+            drawn = (value for seeds in curves.values() for curve in seeds.values() for value in curve.values())
+            if any(abs(value) > 10_000 for value in drawn):
                 axis.set_yscale("symlog", linthresh=100)
             axis.set(xlabel="gradient steps", ylabel="mean value of the batch", title=title)
             axis.locator_params(axis="x", nbins=6)
