@@ -182,6 +182,11 @@ def _regularised(base: FocalSettings, kind: str) -> tuple[str, ...]:
     return (*words, f"regularisation.alpha={ALPHA}", f"regularisation.alpha_max={10 * ALPHA}")
 
 
+def own_changes(row: AblationRow, known: Mapping[str, AblationRow]) -> tuple[str, ...]:
+    """Return what a row changes on top of the row that it is against."""
+    return row.changes[len(known[row.against].changes) if row.against else 0 :]
+
+
 def _settings(family: str, scale: str, changes: Iterable[str]) -> FocalSettings:
     settings = override(train_settings(family, scale), parse_assignments(changes))
     assert isinstance(settings, FocalSettings)
@@ -398,8 +403,7 @@ def ablation_page(name: str, measured: Mapping[str, Measured], known: Mapping[st
         f"{not_run}\n",
     ]
     for row in done:
-        own = row.changes[len(known[row.against].changes) if row.against else 0 :]
-        sets = " ".join(f"`{word}`" for word in own) or "nothing changed"
+        sets = " ".join(f"`{word}`" for word in own_changes(row, known)) or "nothing changed"
         lines.append(f"- **{row.name}**: {row.what} ({sets})")
     lines += [
         "",

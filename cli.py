@@ -691,7 +691,16 @@ def ablate(
     """
     import torch
 
-    from .ablation import AblateRequest, ablate, ablation_name, ablation_page, ablation_rows, read_all, table_rows
+    from .ablation import (
+        AblateRequest,
+        ablate,
+        ablation_name,
+        ablation_page,
+        ablation_rows,
+        own_changes,
+        read_all,
+        table_rows,
+    )
     from .console import TrainBars
     from .datasets import open_collection
     from .experiment import TrainRequest, choose_collection
@@ -703,7 +712,7 @@ def ablate(
     known = ablation_rows(opened.family, scale or opened.scale)
     folder = runs / "ablations" / ablation_name(opened, quality, scale or opened.scale)
     if rows is None and table is None:
-        listed = [{"row": r.name, "against": r.against, "what": r.what, "set": " ".join(r.changes)}
+        listed = [{"row": r.name, "against": r.against, "what": r.what, "set on top": " ".join(own_changes(r, known))}
                   for r in known.values()]  # fmt: skip
         _print_rows(listed, as_json)
         return

@@ -59,6 +59,15 @@ def test_stacked_networks_are_the_networks_one_by_one():
         assert torch.allclose(outputs[k], rows, atol=1e-4)
 
 
+def test_many_rows_without_gradient_give_the_same_outputs():
+    net = StackedMLP(2, 3, 4, (8, 8), 5, generator())
+    scatter(net)
+    inputs = torch.randn(6, 100, 3, 4, generator=generator(2))
+    with torch.no_grad():  # one network after the other
+        outputs = net(inputs)
+    assert torch.allclose(outputs, net(inputs), atol=1e-5)
+
+
 def test_all_tasks_start_alike_and_copies_do_not():
     net = StackedMLP(2, 3, 4, (8,), 1, generator())
     outputs = net(torch.ones(6, 1, 4)).flatten().reshape(2, 3)
@@ -228,6 +237,7 @@ def test_every_gradient_of_the_first_stage_is_that_of_its_loss(monkeypatch: pyte
     scatter(*teachers.networks.values())
     target_critic, target_perturbation = copy.deepcopy([teachers.target_critic, teachers.target_perturbation])
     batch = teachers.sample(replay, 0, generator(1))
+    monkeypatch.setattr("focal.trainer.mbml_teachers._ROWS_AT_ONCE", 3 * settings.teachers.rewards.batch_size)
     teachers.update(batch, generator(2))
 
     data, draw, rule = batch.bcq, generator(2), settings.teachers.bcq
@@ -244,14 +254,11 @@ def test_every_gradient_of_the_first_stage_is_that_of_its_loss(monkeypatch: pyte
     acting = perturbation_loss(teachers.critic.first, teachers.perturbation, states, decoded).sum()
     assert_gradients(acting, teachers.perturbation)
 
-    (rows, rewards), following = batch.rewards, batch.transitions
-    assert not torch.equal(rows.actions[:4], rows.actions[4:8])  # every member of an ensemble sees draws of its own
-    assert not torch.equal(following.actions[:4], following.actions[4:8])
-    predicted = teachers.rewards(rows.observations, rows.actions).squeeze(-1)
-    assert_gradients((predicted - rewards).square().mean(dim=1).sum(), teachers.rewards)
-    predicted = teachers.transitions(following.observations, following.actions)
-    errors = (predicted - following.next_observations).square().mean(dim=(1, 2))
-    assert_gradients(errors.sum(), teachers.transitions)
+    # by the update in parts of 3 networks, here of all at once
+    for ensemble, examples in ((teachers.rewards, batch.rewards), (teachers.transitions, batch.transitions)):
+        assert not torch.equal(examples.inputs[:4], examples.inputs[4:8])  # every member sees draws of its own
+        errors = (ensemble(examples.inputs) - examples.targets).square().mean(dim=(1, 2))
+        assert_gradients(errors.sum(), ensemble)
 
 
 def test_targets_of_the_first_stage_follow_by_a_share_of_tau():
@@ -313,8 +320,11 @@ def test_the_reward_ensemble_learns_the_contexts_reward():
     """Where the context holds the sparse reward, relabelled transitions must hold it too."""
     settings = tiny_method("mbml", context_reward="sparse")
     replay, teachers = TaskReplay(walk_data().tasks, RAW, settings), new_teachers(settings, 4)
-    transitions, rewards = teachers.sample(replay, 0, generator()).rewards
-    assert torch.allclose(rewards, (1 + transitions.rewards).clamp_min(0), atol=1e-6)
+    sparse = teachers.sample(replay, 0, generator()).rewards
+    dense = teachers.sample(TaskReplay(walk_data().tasks, RAW, tiny_method("mbml")), 0, generator()).rewards
+    assert torch.equal(sparse.inputs, dense.inputs)
+    assert torch.allclose(sparse.targets, (1 + dense.targets).clamp_min(0), atol=1e-6)
+    assert not torch.equal(sparse.targets, dense.targets)
 
 
 # Second stage

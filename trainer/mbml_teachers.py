@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .bcq import (
     ActionDecoder,
@@ -22,12 +23,12 @@ from .bcq import (
     twin_error,
     vae_loss,
 )
-from .optimisers import Metrics, adam, descend, polyak_update
+from .optimisers import Metrics, adam, descend, polyak_update, take_step
 from .replay import Batch, TaskReplay
 from .settings import BcqSettings, require, require_widths
 from .stacked import StackedMLP, StackedTwinCritic, of_tasks, stacked
 
-_ROWS_AT_ONCE = 4096  # of the pool, so that predicting it needs little memory
+_ROWS_AT_ONCE = 4096  # that ensembles learn from or predict, so that it needs little memory
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,20 @@ class TeacherSettings:
 
 
 @dataclass(frozen=True)
+class Examples:
+    """What an ensemble is to learn, member by member."""
+
+    inputs: Tensor  # (E K, B, S + act_dim) observations and actions
+    targets: Tensor  # (E K, B, outputs)
+
+
+@dataclass(frozen=True)
 class TeacherBatch:
     """What one step of the first stage consumes; None for what has finished learning."""
 
     bcq: Batch | None  # (K, B, ...)
-    rewards: tuple[Batch, Tensor] | None  # (E K, B, ...), member by member, and the context's rewards (E K, B)
-    transitions: Batch | None  # (E K, B, ...)
+    rewards: Examples | None  # targets: the context's rewards (E K, B, 1)
+    transitions: Examples | None  # targets: the next observations (E K, B, dim)
 
 
 class PredictionEnsemble(nn.Module):
@@ -92,9 +101,27 @@ class PredictionEnsemble(nn.Module):
         self.members, self.tasks = members, tasks
         self.body = StackedMLP(members, tasks, state_dim + action_dim, hidden, outputs, generator)
 
-    def forward(self, states: Tensor, actions: Tensor) -> Tensor:
-        """Map (E K, B, S) and (E K, B, act_dim), member by member, to (E K, B, outputs)."""
-        return self.body(torch.cat([states, actions], dim=-1))
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (E K, B, S + act_dim), member by member, to (E K, B, outputs)."""
+        return self.body(inputs)
+
+    def errors(self, examples: Examples) -> tuple[Tensor, list[Tensor]]:
+        """Return every network's mean squared error, (E K,), and the gradient of their sum in each parameter.
+
+        Some networks at a time, so that what they keep for the backward pass stays in the processor's cache.
+        """
+        some = max(1, _ROWS_AT_ONCE // examples.inputs.shape[1])
+        named = dict(self.named_parameters())
+        errors, gradients = [], []
+        for inputs, targets, *parameters in zip(
+            *(tensor.split(some) for tensor in (examples.inputs, examples.targets, *named.values())), strict=True
+        ):
+            weights = [parameter.detach().requires_grad_() for parameter in parameters]
+            predicted = functional_call(self, dict(zip(named, weights, strict=True)), inputs)
+            error = (predicted - targets).square().mean(dim=(1, 2))
+            gradients.append(torch.autograd.grad(error.sum(), weights))
+            errors.append(error.detach())
+        return torch.cat(errors), [torch.cat(parts) for parts in zip(*gradients, strict=True)]
 
     @torch.no_grad()
     def predict(self, task: int, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,10 +234,11 @@ class Teachers:
             bcq = replay.batch_at(self._steps(replay, 1, settings.batch_size, generator))
         if step < settings.rewards.steps:
             steps = self._steps(replay, settings.rewards.members, settings.rewards.batch_size, generator)
-            rewards = replay.batch_at(steps), replay.context_rewards[steps]
+            rewards = Examples(replay.state_actions_at(steps), replay.context_rewards[steps].unsqueeze(-1))
         if self.transitions is not None and step < settings.transitions.steps:
             rule = settings.transitions
-            transitions = replay.batch_at(self._steps(replay, rule.members, rule.batch_size, generator))
+            steps = self._steps(replay, rule.members, rule.batch_size, generator)
+            transitions = Examples(replay.state_actions_at(steps), replay.next_observations_at(steps))
         return TeacherBatch(bcq, rewards, transitions)
 
     def update(self, batch: TeacherBatch, generator: torch.Generator) -> Metrics:
@@ -221,13 +249,12 @@ class Teachers:
         metrics = Metrics()
         if batch.bcq is not None:
             metrics |= self._update_bcq(batch.bcq, generator)
-        if batch.rewards is not None:
-            transitions, rewards = batch.rewards
-            metrics |= self._update_ensemble("rewards", self.rewards, transitions, rewards.unsqueeze(-1))
-        if batch.transitions is not None:
-            assert self.transitions is not None
-            following = batch.transitions.next_observations
-            metrics |= self._update_ensemble("transitions", self.transitions, batch.transitions, following)
+        ensembles = ("rewards", self.rewards, batch.rewards), ("transitions", self.transitions, batch.transitions)
+        for name, ensemble, examples in ensembles:
+            if ensemble is not None and examples is not None:
+                errors, gradients = ensemble.errors(examples)
+                take_step(self.optimisers[name], gradients)
+                metrics[f"{name}/loss"] = errors.mean()
         return metrics
 
     @torch.no_grad()
@@ -269,11 +296,6 @@ class Teachers:
             "perturbation/value": -value_loss.detach().mean(),
             "perturbation/gradient_norm": norm,
         }
-
-    def _update_ensemble(self, name: str, ensemble: PredictionEnsemble, batch: Batch, targets: Tensor) -> Metrics:
-        errors = (ensemble(batch.observations, batch.actions) - targets).square().mean(dim=(1, 2))  # (E K,)
-        descend(self.optimisers[name], errors.sum())
-        return {f"{name}/loss": errors.detach().mean()}
 
     def _steps(self, replay: TaskReplay, copies: int, size: int, generator: torch.Generator) -> Tensor:
         """Positions (copies K, size) in the replay, copy by copy: each copy's draw is the same for all tasks."""

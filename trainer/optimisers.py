@@ -1,6 +1,6 @@
 """Taking gradient steps: what every method does with its losses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -24,11 +24,16 @@ def descend(optimiser: torch.optim.Adam, loss: Tensor, also: Tensor | None = Non
     """
     parameters = optimiser.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss, parameters if also is None else [*parameters, also])
-    for parameter, gradient in zip(parameters, gradients, strict=False):
+    norm = take_step(optimiser, gradients[: len(parameters)])
+    return norm, None if also is None else gradients[-1]
+
+
+def take_step(optimiser: torch.optim.Adam, gradients: Sequence[Tensor]) -> Tensor:
+    """Move the parameters of `optimiser` by their `gradients`. Returns the norm () of all of these together."""
+    for parameter, gradient in zip(optimiser.param_groups[0]["params"], gradients, strict=True):
         parameter.grad = gradient
     optimiser.step()
-    norms = torch._foreach_norm(gradients[: len(parameters)])
-    return torch.linalg.vector_norm(torch.stack(norms)), None if also is None else gradients[-1]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))))
 
 
 def matrix_precision(precision: Literal["fp32", "bf16"], device: torch.device) -> torch.autocast:

@@ -135,22 +135,32 @@ class TaskReplay:
 
     def batch_at(self, steps: Tensor) -> Batch:
         """Gather the transitions at `steps` (K, B), counted over all tasks (`first` holds each task's first)."""
-        rows, valid = self.rows[steps], self.next_action_valid[steps]
+        rows, valid = _gather(self.rows, steps), _gather(self.next_action_valid, steps)
         return Batch(
-            observations=self.observations[rows],
-            actions=self.actions[steps],
-            rewards=self.rewards[steps],
-            next_observations=self.observations[rows + 1],
-            terminated=self.terminated[steps],
-            next_actions=self.actions[steps + valid],  # the last step of all has no next row; its mask is False
+            observations=_gather(self.observations, rows),
+            actions=_gather(self.actions, steps),
+            rewards=_gather(self.rewards, steps),
+            next_observations=_gather(self.observations, rows + 1),
+            terminated=_gather(self.terminated, steps),
+            next_actions=_gather(self.actions, steps + valid),  # the last step of all has no next row; masked
             next_action_valid=valid,
         )
 
     def context_at(self, steps: Tensor) -> Tensor:
         """Gather the context rows at `steps` (K, N), counted over all tasks: (K, N, context_dim)."""
-        rows = self.rows[steps]
-        following = self.observations[rows + 1] if self.next_observation_in_context else None
-        return build_context(self.observations[rows], self.actions[steps], self.context_rewards[steps], following)
+        rows = _gather(self.rows, steps)
+        following = _gather(self.observations, rows + 1) if self.next_observation_in_context else None
+        rewards = _gather(self.context_rewards, steps)
+        return build_context(_gather(self.observations, rows), _gather(self.actions, steps), rewards, following)
+
+    def state_actions_at(self, steps: Tensor) -> Tensor:
+        """Gather observations and actions at `steps` (K, B), counted over all tasks: (K, B, dim + act_dim)."""
+        observations = _gather(self.observations, _gather(self.rows, steps))
+        return torch.cat([observations, _gather(self.actions, steps)], dim=-1)
+
+    def next_observations_at(self, steps: Tensor) -> Tensor:
+        """Gather the next observations at `steps` (K, B), counted over all tasks: (K, B, dim)."""
+        return _gather(self.observations, _gather(self.rows, steps) + 1)
 
     def steps_at(self, tasks: Tensor, uniform: Tensor) -> Tensor:
         """Turn numbers from [0, 1), (..., K, B), into transitions of `tasks` (K,), counted over all tasks."""
@@ -164,6 +174,11 @@ class TaskReplay:
 
     def _move(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _gather(source: Tensor, positions: Tensor) -> Tensor:
+    """Return source[positions], which takes 3 to 6 times as long on a CPU."""
+    return source.index_select(0, positions.flatten()).unflatten(0, positions.shape)
 
 
 def sample_meta_batch(
