@@ -108,9 +108,10 @@ class PredictionEnsemble(nn.Module):
     def errors(self, examples: Examples) -> tuple[Tensor, list[Tensor]]:
         """Return every network's mean squared error, (E K,), and the gradient of their sum in each parameter.
 
-        Some networks at a time, so that what they keep for the backward pass stays in the processor's cache.
+        On a CPU some networks at a time, so that what they keep for the backward pass stays in its cache.
         """
-        some = max(1, _ROWS_AT_ONCE // examples.inputs.shape[1])
+        networks, rows, _ = examples.inputs.shape
+        some = max(1, _ROWS_AT_ONCE // rows) if examples.inputs.device.type == "cpu" else networks
         named = dict(self.named_parameters())
         errors, gradients = [], []
         for inputs, targets, *parameters in zip(
