@@ -177,7 +177,7 @@ class TaskReplay:
 
 
 def _gather(source: Tensor, positions: Tensor) -> Tensor:
-    """Return source[positions], which takes 3 to 6 times as long on a CPU."""
+    """Return source[positions], which takes up to 6 times as long on a CPU, the longer the more there are."""
     return source.index_select(0, positions.flatten()).unflatten(0, positions.shape)
 
 
