@@ -285,7 +285,7 @@ def _measure(
     numbers, span = _logged_numbers(run_dir, seeds), None
     if not stops:
         tested = test_run(run_dir, request.stores, None, None, request.episodes, request.test_seed)
-        numbers, span = {**_test_numbers(tested), **numbers}, _span(tested)
+        numbers, span = {**_test_numbers(tested), **numbers}, tested.span
     measured = Measured(row, seeds, stops, numbers, span, _identity(request, plan, collection), provenance())
     write_json(folder / f"{row.name}.json", measured.to_json())
     return measured
@@ -309,14 +309,6 @@ def _test_numbers(tested: RunTest) -> dict[str, list[float]]:
     for name in ("esr", "rms"):
         numbers[f"{name}, unseen tasks"] = [result.spread[name] for result in results if name in result.spread]
     return numbers
-
-
-def _span(tested: RunTest) -> float | None:
-    """Mean of reference - untrained over the tasks that are counted, the unit in which differences are judged."""
-    first = tested.first
-    if not first.counted.any():
-        return None
-    return float((first.expert_reference - first.untrained_reference)[first.counted].mean())
 
 
 def _draw_values(folder: Path, title: str, planned: Mapping[str, PlannedRun], measured: Iterable[Measured]) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from .datasets import open_collection
 from .envs import get_family
 from .errors import DivergedError, FocalError, UsageError, did_you_mean
-from .evaluation import Interval, over_seeds, probability_of_improvement
-from .evaluation.metatest import RIGHT, UNTRAINED, WRONG, MetaTestResult
+from .evaluation import CONDITIONS, Interval, difference_interval, over_seeds, probability_of_improvement, verdict
+from .evaluation.metatest import EXPERT, RIGHT, UNTRAINED, WRONG, ZERO, MetaTestResult
 from .evaluation.run_figures import logged, return_name
 from .evaluation.tables import write_table
 from .experiment import PlannedRun, RunTest, TrainProgress, TrainRequest, plan_run, raise_failure, test_run, train_jobs
@@ -69,6 +69,7 @@ class Row:
     scores: np.ndarray  # (S, K) normalised scores, or where no expert passed its test returns, of every seed and task
     normalised: bool
     better_than_next: Interval | None  # chance that a seed of it scores higher than one of the next method
+    next_test: RunTest | None = None  # the next method's
     first_stage_seconds: float | None = None  # of MBML's first stage, which all its seeds share
 
     @property
@@ -80,14 +81,30 @@ class Row:
         """Mean return of a condition, None where it was not tested."""
         return self.test.over_seeds("mean", condition) if condition in self.test.first.conditions else None
 
+    @property
+    def minus_next(self) -> Interval | None:
+        """Mean return with the right context minus the next method's."""
+        if self.next_test is None:
+            return None
+        mine, others = ([one.mean(RIGHT) for one in test.results.values()] for test in (self.test, self.next_test))
+        return difference_interval(mine, others)
+
+    @property
+    def verdict(self) -> str | None:
+        """What `minus_next` shows, None where there is nothing to judge it against."""
+        difference, span = self.minus_next, self.test.span
+        return None if difference is None or span is None else verdict(difference, span)
+
     def cells(self) -> dict[str, Any]:
         """The line as the table shows it."""
         unit = "normalised score" if self.normalised else "return"
         returns = {condition: self.returns(condition) for condition in (RIGHT, WRONG, UNTRAINED)}
+        difference = ", ".join(str(word) for word in (self.minus_next, self.verdict) if word is not None)
         return {
             "method": self.algo,
             f"interquartile mean, {unit}": str(self.interquartile),
             "P(better than the next)": "-" if self.better_than_next is None else str(self.better_than_next),
+            "return minus the next's": difference or "-",
             **{f"return, {condition}": str(interval) for condition, interval in returns.items() if interval},
             "seeds": len(self.test.results),
             "steps": self.test.run.settings.total_steps,
@@ -108,9 +125,11 @@ class Row:
             "better_than_next": None if next_ is None else dataclasses.asdict(next_),
             "returns": {
                 condition: dataclasses.asdict(interval)
-                for condition in (RIGHT, WRONG, UNTRAINED)
+                for condition in CONDITIONS
                 if (interval := self.returns(condition))
             },
+            "minus_next": None if self.minus_next is None else dataclasses.asdict(self.minus_next),
+            "verdict": self.verdict,
             "seconds": training_seconds(self.test),
             "first_stage_seconds": self.first_stage_seconds,
         }
@@ -132,19 +151,27 @@ class Comparison:
         test = self.rows[0].test
         result = test.first
         where = "held-out context" if result.heldout_only else "unseen tasks"
+        same = [f"{name} {result.mean(name):.2f}" for name in (ZERO, EXPERT) if name in result.conditions]
         return (
             f"{self.name}: {len(result.task_indices)} {where}, {self.protocol} protocol, contexts of "
             f"{result.context_size} {result.context_unit}, {test.episodes} episodes a task; intervals: 95% over "
-            f"{len(test.results)} seed(s)"
+            f"{len(test.results)} seed(s); returns of {', '.join(same)}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
+        test = self.rows[0].test
         return {
             "name": self.name,
             "protocol": self.protocol,
-            "context_size": self.rows[0].test.first.context_size,
-            "context_unit": self.rows[0].test.first.context_unit,
+            "context_size": test.first.context_size,
+            "context_unit": test.first.context_unit,
+            "collection": {"name": test.collection.name, "content_hash": test.collection.content_hash},
+            "quality": test.first.quality,
+            "test_tasks": list(test.first.task_indices),
+            "seeds": list(test.results),
+            "episodes": test.episodes,
+            "test_seed": test.test_seed,
             "methods": [row.to_json() for row in self.rows],
             "diverged": list(self.diverged),
             "provenance": provenance(),
@@ -273,8 +300,8 @@ def rank(tests: dict[str, RunTest]) -> tuple[Row, ...]:
     order = sorted(tests, key=lambda algo: -over_seeds(scores[algo]).mean)
     chances = [probability_of_improvement(scores[better], scores[worse]) for better, worse in itertools.pairwise(order)]
     return tuple(
-        Row(algo, tests[algo], scores[algo], normalised, chance)
-        for algo, chance in zip(order, [*chances, None], strict=True)
+        Row(algo, tests[algo], scores[algo], normalised, chance, None if following is None else tests[following])
+        for algo, chance, following in zip(order, [*chances, None], [*order[1:], None], strict=True)
     )
 
 

@@ -154,6 +154,14 @@ class RunTest:
         return over_seeds(scores, interquartile_mean)
 
     @property
+    def span(self) -> float | None:
+        """Mean of reference - untrained return over the tasks that count: what differences are judged against."""
+        counted = self.first.counted
+        if not counted.any():
+            return None
+        return float((self.first.expert_reference - self.first.untrained_reference)[counted].mean())
+
+    @property
     def accuracy(self) -> Interval:
         """Interval over seeds of the nearest-centroid task accuracy."""
         return seed_interval([result.task_accuracy for result in self.results.values()])
@@ -264,6 +272,8 @@ def plan_run(request: TrainRequest) -> PlannedRun:
     data, run = job(None).run_from_data()  # fails here, before any process starts
     refuse_other_run(run_dir, run)
     to_do = tuple(job(seed) for seed in seeds if not request.resume or last_step(run_dir, seed) < settings.total_steps)
+    if to_do:
+        _refuse_context_larger_than_tests(collection, request.quality, settings.context_size)
     ready = not isinstance(settings, MbmlSettings) or first_stage_is_there(run_dir.parent, run, data)
     kept = teachers_folder(run_dir.parent, run, data) if isinstance(settings, MbmlSettings) else None
     return PlannedRun(run_dir, settings, source, None if ready or not to_do else job(None), kept, to_do)
@@ -410,6 +420,19 @@ def _test_tasks_or_none(collection: Collection, quality: str) -> TestTasks | Non
     """The tasks of the meta-test during training; None where no test task has data of that quality."""
     have, _ = collection.tasks_with(quality, collection.test_tasks())
     return select_test_tasks(collection, quality) if have else None
+
+
+def _refuse_context_larger_than_tests(collection: Collection, quality: str, size: int) -> None:
+    """Raise `FocalError` for contexts that the meta-tests during training would refuse, thousands of steps later."""
+    tests = _test_tasks_or_none(collection, quality)
+    if tests is None:
+        return
+    entry, data = min(zip(tests.entries, tests.contexts, strict=True), key=lambda pair: len(pair[1].rows))
+    held = len(data.rows)
+    if size > held:
+        part = "" if entry.split == "test" else "held-out "  # all that a task that is trained on gives
+        raise FocalError(f"contexts of {size} transitions were asked for, but test task {entry.index} holds only "
+                         f"{held} {part}{quality} ones; --set context_size={held}, or other data")  # fmt: skip
 
 
 def training_data(collection: Collection, quality: str, cache: Path | None = None) -> TrainingData:

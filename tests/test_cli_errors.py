@@ -1,6 +1,7 @@
 """What a user can do wrong: one clear line with the next command, exit code 1 or 2, never a traceback, nothing lost."""
 
 import json
+import re
 import shlex
 import shutil
 
@@ -67,6 +68,17 @@ def test_what_cannot_be_trained_is_refused_before_a_run_is_written(stores, tmp_p
     line = fails(2, *train(stores, "--data", "mixed", "--set", "released.penalise_output=true"))
     assert "has no effect here; --set regularisation.kind=policy" in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_context_larger_than_a_test_tasks_data_is_refused_before_a_run_is_written(tmp_path, make_collection):
+    """Else the first meta-test stops the training, and the same one stops it again after --resume."""
+    make_collection(tmp_path / "stores" / "both", both=True)  # each task trains on 180 transitions, holds out 20
+    command = train(tmp_path / "stores", "--data", "expert", "--scale", "smoke")
+    line = fails(1, *command)
+    assert "contexts of 32 transitions were asked for, but test task 0 holds only 20 held-out expert ones" in line
+    assert not (tmp_path / "runs").exists()
+    remedy = re.search("--set context_size=[0-9]+", line).group().split()
+    assert CliRunner().invoke(main, [str(argument) for argument in (*command, *remedy)]).exit_code == 0
 
 
 def test_task_counts():

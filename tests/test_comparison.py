@@ -60,16 +60,20 @@ def fake_test(scores, counted=True):
         seed: SimpleNamespace(
             counted=np.full(len(row), counted),
             task_scores=lambda condition, row=row: np.array(row),
+            mean=lambda condition, row=row: float(np.mean(row)),
             conditions={"right context": SimpleNamespace(reported=np.array(row)[:, None])},
         )
         for seed, row in enumerate(scores)
     }
-    return SimpleNamespace(results=results, first=results[0])
+    return SimpleNamespace(results=results, first=results[0], span=1.0 if counted else None)
 
 
 def test_methods_are_ranked_by_interquartile_mean_and_compared_with_the_next():
     rows = rank(
-        {"low": fake_test([[0.0, 0.1, 0.2, 9.0]] * 2), "high": fake_test([[0.5, 0.6, 0.7, 0.8], [0.1, 0.6, 0.7, 0.8]])}
+        {
+            "low": fake_test([[0.0, 0.1, 0.2, last] for last in (9.0, 9.4)]),
+            "high": fake_test([[0.5, 0.6, 0.7, 0.8], [0.1, 0.6, 0.7, 0.8]]),
+        }
     )
     assert [row.algo for row in rows] == ["high", "low"]
     assert rows[0].interquartile.mean == pytest.approx(0.65)  # the middle two of four, in both seeds
@@ -77,6 +81,11 @@ def test_methods_are_ranked_by_interquartile_mean_and_compared_with_the_next():
     # per task the chance that a seed of high beats one of low: 1, 1, 1, 0
     assert rows[0].better_than_next.mean == pytest.approx(0.75)
     assert rows[1].better_than_next is None
+    # means over tasks 0.65 and 0.55 against 2.325 and 2.425; t with two degrees of freedom: 4.3027 x 0.0707
+    difference = rows[0].minus_next
+    assert (difference.mean, difference.high - difference.mean) == pytest.approx((-1.775, 0.3042), abs=1e-4)
+    assert rows[0].verdict == "worse"
+    assert (rows[1].minus_next, rows[1].verdict) == (None, None)
     assert rows[0].normalised
 
 
@@ -84,6 +93,7 @@ def test_returns_stand_in_where_an_expert_is_missing():
     rows = rank({"a": fake_test([[1.0, 2.0]], counted=False), "b": fake_test([[3.0, 4.0]])})
     assert not any(row.normalised for row in rows)
     assert [row.interquartile.mean for row in rows] == [3.5, 1.5]
+    assert rows[0].minus_next.mean == 2.0
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +119,24 @@ def test_compare_trains_what_is_missing_once_and_tests_alike(folders, monkeypatc
     for row in both["methods"]:
         assert row["gradient_steps"] == 4
         assert len(row["scores"]) == 1
-        assert set(row["returns"]) == {"right context", "wrong context", "untrained"}
+        assert set(row["returns"]) == {"right context", "wrong context", "untrained", "zero action", "expert"}
         assert (row["first_stage_seconds"] is not None) == (row["method"] == "mbml")
-    assert both["methods"][0]["better_than_next"] is not None
+    first, second = both["methods"]
+    assert first["better_than_next"] is not None
+    means = [row["returns"]["right context"]["mean"] for row in (first, second)]
+    assert first["minus_next"]["mean"] == pytest.approx(means[0] - means[1])
+    assert second["minus_next"] is None
+    assert (both["quality"], both["seeds"], both["episodes"], both["test_seed"]) == ("mixed", [0], 2, 0)
+    assert len(both["test_tasks"]) == len(first["scores"][0])
+    stores = folders[1] / "sparse-point-robot"
+    assert both["collection"]["content_hash"] == json.loads((stores / "dataset.json").read_text())["content_hash"]
     files = {path.name for path in (runs / "comparisons" / "point-mixed-smoke").iterdir()}
     assert files == {
         "comparison-offline.json", "comparison-offline.md", "comparison-offline.csv", "return_curves.png",
         "return_curves.svg",
     }  # fmt: skip
     online = json.loads(cli(*command, "--algos", "batch-pearl,mbml", "--protocol", "mbml"))
-    assert set(online["methods"][0]["returns"]) == {"right context", "untrained"}
+    assert set(online["methods"][0]["returns"]) == {"right context", "untrained", "zero action", "expert"}
     table = (runs / "comparisons" / "point-mixed-smoke" / "comparison-mbml.md").read_text()
     assert "| method |" in table
     assert "| mbml |" in table
