@@ -233,7 +233,7 @@ def test_unregularised_settings_have_no_discriminator():
 
 def test_maximum_entropy_can_be_switched_off():
     replay = TaskReplay(walk_data().tasks, RAW, TINY)
-    settings = with_settings(entropy__enabled=False, entropy__learnt=True)
+    settings = with_settings(entropy__enabled=False)
     focal = Focal(settings, RAW, 2, generator())
     metrics = focal.update(sample_meta_batch(replay, settings, generator(1), True, True), generator(2))
     assert metrics["actor/entropy_weight"].item() == 0
@@ -269,7 +269,8 @@ def test_act_takes_raw_observations_and_remembers_nothing():
     assert np.allclose(actions, expected.detach(), atol=1e-6)
     agent.embed(np.random.default_rng(2).normal(size=(4, 5, 5)))
     assert np.array_equal(agent.act(observations, embeddings), actions)
-    assert np.array_equal(agent.act(observations[1:2], embeddings[1:2]), actions[1:2])
+    # a matrix product of fewer rows may round otherwise
+    assert np.allclose(agent.act(observations[1:2], embeddings[1:2]), actions[1:2], atol=1e-6)
 
 
 def test_stochastic_actions_need_and_follow_a_generator():

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 
 import focal
 from focal import FocalError
+from focal.cli import main
 from focal.trainer.exporting import export_policy
 from focal.trainer.files import sha256
 from focal.trainer.loop import load_agent, train
@@ -19,6 +21,7 @@ from focal.trainer.runs import read_run
 
 from .trainer_toys import two_episodes, walk_data, with_settings
 
+EXPORTED = {"encoder.onnx", "policy.onnx", "weights.safetensors", "policy.json"}
 CHANGES = {
     "steps": 5,
     "next_observation_in_context": True,
@@ -52,6 +55,12 @@ def arrays_of(task) -> dict[str, np.ndarray]:
         "rewards": task.infos["sparse_reward"],
         "next_observations": task.observations[task.rows + 1],
     }
+
+
+def context_and_states() -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A context and observations, as float32, which is what ONNX graphs take."""
+    arrays = {name: np.asarray(array, np.float32) for name, array in arrays_of(walks().tasks[2]).items()}
+    return arrays, np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
 
 
 def test_a_loaded_policy_infers_and_acts_as_meta_testing_does(run: Path):
@@ -111,15 +120,14 @@ def test_a_missing_seed_names_the_command(run: Path, tmp_path: Path):
 
 def test_an_exported_policy_computes_the_same_in_onnxruntime(run: Path, tmp_path: Path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    policy, task = focal.load_policy(run, 4), walks().tasks[2]
+    policy = focal.load_policy(run, 4)
     files = {path.name: path for path in export_policy(policy, tmp_path / "out")}
-    assert set(files) == {"encoder.onnx", "policy.onnx", "weights.safetensors", "policy.json"}
+    assert set(files) == EXPORTED
     graphs = (files[name].read_bytes() for name in ("encoder.onnx", "policy.onnx"))
     encoder, actor = map(onnxruntime.InferenceSession, graphs)
-    arrays = {name: np.asarray(array, np.float32) for name, array in arrays_of(task).items()}
+    arrays, observations = context_and_states()
     (embedding,) = encoder.run(None, arrays)
-    assert np.allclose(embedding, policy.embed(task), atol=1e-5)
-    observations = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    assert np.allclose(embedding, policy.embed(arrays), atol=1e-5)
     (actions,) = actor.run(None, {"observations": observations, "embedding": embedding})
     assert np.allclose(actions, policy.act(observations, embedding), atol=1e-5)
     described = json.loads(files["policy.json"].read_text())
@@ -131,6 +139,50 @@ def test_an_exported_policy_computes_the_same_in_onnxruntime(run: Path, tmp_path
     for owner, network in policy.agent.networks.items():
         for name, tensor in network.state_dict().items():
             assert torch.equal(weights[f"{owner}/{name}"], tensor)
+
+
+def test_the_graphs_of_a_deterministic_encoder_hide_x_as_the_run_does(tmp_path: Path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    settings = with_settings(steps=5, hide_x=True, observation_scale="rms")
+    train(tmp_path / "run", dataclasses.replace(walks(), absolute_x=0), settings, 0)
+    policy = focal.load_policy(tmp_path / "run")
+    assert policy.agent.transform.kept == (1,)
+    files = export_policy(policy, tmp_path / "out")
+    encoder, actor = (onnxruntime.InferenceSession(file.read_bytes()) for file in files[:2])
+    arrays, observations = context_and_states()
+    arrays = {name: arrays[name] for name in ("observations", "actions", "rewards")}
+    elsewhere = np.array([100, 0], np.float32)  # another x
+    for moved in (0, elsewhere):
+        (embedding,) = encoder.run(None, arrays | {"observations": arrays["observations"] + moved})
+        assert np.allclose(embedding, policy.embed(arrays), atol=1e-5)
+        (actions,) = actor.run(None, {"observations": observations + moved, "embedding": embedding})
+        assert np.allclose(actions, policy.act(observations, embedding), atol=1e-5)
+
+
+def test_the_command_exports_a_runs_first_seed_into_it(run: Path):
+    pytest.importorskip("onnxruntime")
+    result = CliRunner().invoke(main, ["export-policy", str(run)])
+    assert result.exit_code == 0, result.output
+    folder = run / "export" / "seed_3"
+    assert {path.name for path in folder.iterdir()} == EXPORTED
+    assert {line.removeprefix("saved ") for line in result.stdout.split("\n") if line} == {
+        str(folder / name) for name in EXPORTED
+    }
+    described = json.loads((folder / "policy.json").read_text())
+    assert (described["format"], described["seed"], set(described["sha256"])) == (
+        "focal-export/1", 3, EXPORTED - {"policy.json"},
+    )  # fmt: skip
+
+
+def test_a_run_that_acts_otherwise_at_a_reset_is_told_of_it_and_not_exported(tmp_path: Path):
+    train(tmp_path / "run", walks(), with_settings(steps=2, released__raw_reset=True), 0)
+    policy, observation, embedding = focal.load_policy(tmp_path / "run"), np.array([3.0, 5.0]), np.full(3, 0.5)
+    expected = policy.agent.act(observation[None, None], embedding[None], at_reset=True)[0, 0]
+    assert np.array_equal(policy.act(observation, embedding, at_reset=True), expected)
+    assert not np.array_equal(policy.act(observation, embedding), expected)
+    with pytest.raises(FocalError, match=r"released\.raw_reset=true.* cannot know of resets; use focal\.load_policy"):
+        export_policy(policy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_graph_that_disagrees_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from focal import FocalError, UsageError
+from focal.errors import DivergedError
 from focal.trainer.agent import Agent
 from focal.trainer.checkpoint import list_checkpoints
 from focal.trainer.diagnostics import embedding_metrics
@@ -30,6 +31,7 @@ from .trainer_toys import (
     evaluate_toy,
     goal_at,
     resume_settings,
+    tiny_method,
     variant,
     walk_data,
     walk_task,
@@ -247,12 +249,26 @@ def test_diverging_values_stop_with_the_bound_and_keep_the_last_good_checkpoint(
     message = (
         r"values diverge: critic/value_largest is [\d.]+ at step \d+, above the bound 6; the last good checkpoint "
     )
-    with pytest.raises(FocalError, match=message + r"is .*step_0000\d+; .*regularisation.*--set value_limit=NUMBER"):
+    remedy = "with --set regularisation.kind=value-penalty, smaller steps, or --set value_limit=NUMBER$"
+    with pytest.raises(FocalError, match=message + rf"is .*step_0000\d+; .*{remedy}"):
         train(tmp_path / "run", walk_data(), settings, 0)
     load_agent(tmp_path / "run", 0)
     logged = rows(tmp_path / "run")
     assert 0 < logged[-1]["critic/value_largest"] <= 6
     assert logged[-1]["step"] < 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        (variant("value penalty"), "with a larger --set regularisation.alpha=NUMBER, smaller steps, or --set value_"),
+        (variant("policy"), "with --set regularisation.kind=value-penalty, smaller steps, or --set value_"),
+        (tiny_method("contextual-bcq"), "--name with smaller steps, or --set value_"),
+    ],
+)
+def test_the_remedy_for_diverging_values_is_one_that_the_run_has_not_got(settings, remedy: str, tmp_path: Path):
+    with pytest.raises(DivergedError, match=remedy):
+        train(tmp_path / "run", walk_data(), dataclasses.replace(settings, value_limit=1e-9), 0)
 
 
 def test_by_default_values_may_be_100_times_what_the_largest_reward_makes_possible(tmp_path: Path):

@@ -4,6 +4,7 @@ import pytest
 
 from focal import UsageError
 from focal.settings import SCALES, from_dict, override, to_dict
+from focal.trainer.mbml_teachers import EnsembleSettings
 from focal.trainer.methods import train_settings
 from focal.trainer.settings import FocalSettings, differences
 
@@ -34,7 +35,7 @@ def test_paper_values_of_the_tables():
     assert [s.regularisation.kind for s in (velocity, walker)] == ["policy", "policy"]
     assert (velocity.regularisation.alpha, direction.regularisation.alpha, ant.regularisation.alpha) == (500, 500, 1e6)
     assert [s.next_observation_in_context for s in (point, wind, velocity, walker)] == [False, True, False, True]
-    assert (velocity.latent_dim, direction.latent_dim, ant.latent_dim) == (20, 5, 20)
+    assert [s.latent_dim for s in (point, wind, velocity, direction, ant, walker)] == [5, 20, 20, 5, 20, 20]
     assert velocity.control_hidden == (300, 300, 300)
     assert velocity.encoder_hidden == (200, 200, 200)
     assert (velocity.distance.power, velocity.distance.beta, velocity.distance.epsilon) == (-2, None, 0.1)
@@ -49,6 +50,11 @@ def test_laptop_point_robots_train_the_encoder_first():
     assert settings.regularisation.kind == "none"
 
 
+def test_both_point_robots_have_5_latent_dimensions_on_a_laptop_and_3_to_smoke():
+    for family in FAMILIES[:2]:
+        assert [train_settings(family, scale).latent_dim for scale in ("laptop", "smoke")] == [5, 3]
+
+
 def test_joint_ignores_encoder_steps():
     settings = override(train_settings("sparse-point-robot", "laptop"), {"schedule": "joint"})
     assert settings.encoder_only_steps == 0
@@ -60,12 +66,14 @@ def test_joint_ignores_encoder_steps():
     [
         ({"batch_sise": "3"}, "batch_size"),
         ({"regularisation.kind": "brac"}, "regularisation.kind"),
-        ({"distance.power": "3"}, "expected -2, -1, 1 or 2"),
-        ({"steps": "0"}, "steps=0, expected a number above 0"),
+        ({"distance.power": "3"}, r"=3, expected -2, -1, 1 or 2; --set distance\.power=-2$"),
+        ({"distance.beta": "-1"}, r"beta=-1\.0, .* 0 or more; its default: --set distance\.beta=none$"),
+        ({"steps": "0"}, "steps=0, expected a number above 0; its default: --set steps=100000$"),
         ({"critic_learning_rate": "nan"}, "critic_learning_rate"),
-        ({"discount": "1.5"}, "from 0 to 1"),
+        ({"discount": "1.5"}, r"discount=1\.5, .* from 0 to 1; its default: --set discount=0\.99$"),
         ({"control_hidden": ""}, "--set control_hidden=256,256"),
-        ({"regularisation.alpha": "-1"}, "0 or more"),
+        ({"regularisation.alpha": "-1"}, r"0 or more; its default: --set regularisation\.alpha=1\.0$"),
+        ({"context_draws": "3"}, "context_draws=3, expected 1 or 2; --set context_draws=2$"),
     ],
 )
 def test_wrong_settings_are_refused_at_once(changes: dict, message: str):
@@ -78,8 +86,11 @@ def test_wrong_settings_are_refused_at_once(changes: dict, message: str):
     [
         ({"distance.form": "released", "distance.power": "1"}, "--set distance.form=paper"),
         ({"schedule": "encoder-first"}, "--set encoder_steps=1500"),
-        ({"log_std_min": "1"}, "log_std_min"),
-        ({"regularisation.alpha_min": "3000"}, r"alpha_min is above regularisation\.alpha_max"),
+        ({"log_std_min": "1"}, r"log_std_min=1\.0 is above log_std_max=0\.0; --set log_std_min=-20\.0$"),
+        (
+            {"regularisation.alpha_min": "3000"},
+            r"alpha_min=3000\.0 is above regularisation\.alpha_max=2000\.0; --set regularisation\.alpha_max=3000\.0$",
+        ),
         ({**ADAPTIVE, "regularisation.alpha": "1e6"}, r"to 2000\.0; --set .*max=1000000\.0"),
         ({**ADAPTIVE, "regularisation.alpha": "0"}, r"--set .*alpha=0\.001"),
         ({"encoder_after": "decaying"}, "--set schedule=encoder-first"),
@@ -88,6 +99,11 @@ def test_wrong_settings_are_refused_at_once(changes: dict, message: str):
 def test_settings_wrong_together_are_refused_by_check(changes: dict, message: str):
     with pytest.raises(UsageError, match=message):
         override(FocalSettings(), changes).check()
+
+
+def test_of_an_ensemble_no_default_is_told_which_is_another_group_by_group():
+    with pytest.raises(UsageError, match=r"steps=0, expected a number above 0$"):
+        EnsembleSettings(steps=0)
 
 
 def test_unknown_family_and_scale_name_the_nearest():

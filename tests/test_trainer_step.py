@@ -41,6 +41,7 @@ ODD = with_settings(
     regularisation__discriminator_steps=3, regularisation__discriminator_learning_rate=6e-3,
     regularisation__target_divergence=0.4, regularisation__alpha_learning_rate=0.2,
 )  # fmt: skip
+_GAUSSIAN = {"encoder.kind": "probabilistic", "encoder.kl_weight": 0.4, "encoder.prior_std": 0.6}
 STEPS: dict[str, dict[str, object]] = {
     "unregularised": {},
     "value penalty": {"regularisation.kind": "value-penalty"},
@@ -49,6 +50,9 @@ STEPS: dict[str, dict[str, object]] = {
     "learnt entropy weight": {"entropy.learnt": True},
     "no entropy": {"entropy.enabled": False},
     "linear power": {"distance.power": 1},
+    "released distance": {"distance.form": "released", "distance.power": -2, "distance.beta": None},
+    "probabilistic": _GAUSSIAN,
+    "coupled, probabilistic": {**_GAUSSIAN, "gradients": "coupled", "encoder.bounded": False},
     "coupled": {"gradients": "coupled"},
     "coupled, value penalty": {"gradients": "coupled", "regularisation.kind": "value-penalty"},
     "D1": {"gradients": "coupled", "released.discard_bellman": True},
@@ -95,8 +99,7 @@ class PlainStep:
 
     def take(self, batch: MetaBatch) -> None:
         settings, rule, released = self.settings, self.settings.regularisation, self.settings.released
-        data, encoder = batch.transitions, self.networks["encoder"]
-        embeddings = torch.tanh(plain(encoder.network.body, batch.contexts)).mean(dim=2)  # (draws, K, L)
+        data, (embeddings, kl) = batch.transitions, self.infer(batch.contexts)  # (draws, K, L), ()
         z, alpha = embeddings[0], self.scalars["alpha"].double()
         weight = self.scalars["log_entropy_weight"].double().exp() if settings.entropy.enabled else torch.tensor(0.0)
         if rule.kind != "none":
@@ -115,6 +118,7 @@ class PlainStep:
         critic = self.networks["critic"]
         loss = sum((self.score(one, states, data.actions) - target).square().mean() for one in critic.children())
         own = self.metric_loss(embeddings.flatten(0, 1), batch.tasks.repeat(len(batch.contexts)).tolist())
+        own = own + settings.encoder.kl_weight * kl
         if settings.gradients == "coupled" and not released.discard_bellman:
             own = own + loss
         self.descend("encoder", own, settings.encoder_learning_rate)
@@ -137,6 +141,18 @@ class PlainStep:
         if settings.entropy.learnt:  # Adam's first step is by its rate, up to its epsilon
             rises = -log_prob.mean().item() < settings.entropy.target
             self.scalars["log_entropy_weight"] += settings.entropy.learning_rate * (1 if rises else -1)
+
+    def infer(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        rule, outputs = self.settings.encoder, plain(self.networks["encoder"].network.body, contexts)
+        if rule.kind == "deterministic":
+            return torch.tanh(outputs).mean(dim=2), torch.tensor(0.0)
+        means, variances = outputs[..., :3], softplus(outputs[..., 3:])  # of every transition
+        means = torch.tanh(means) if rule.bounded else means
+        variance = 1 / (1 / variances).sum(dim=2)
+        posterior = torch.distributions.Normal(variance * (means / variances).sum(dim=2), variance.sqrt())
+        noise = torch.randn(variance.flatten(0, 1).shape, generator=self.draw, dtype=variance.dtype)
+        kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, rule.prior_std))
+        return posterior.mean + posterior.stddev * noise.view_as(variance), kl.sum(dim=(1, 2)).mean()
 
     def train_discriminator(self, states: Tensor, logged: Tensor) -> None:
         rule, discriminator = self.settings.regularisation, self.networks["discriminator"]
@@ -176,14 +192,17 @@ class PlainStep:
 
     def metric_loss(self, embeddings: Tensor, labels: list[int]) -> Tensor:
         rule, same, different = self.settings.distance, [], []
+        released = rule.form == "released"
         for i, j in itertools.combinations(range(len(labels)), 2):
             square = (embeddings[i] - embeddings[j]).square().mean()
             if labels[i] == labels[j]:
-                same.append(square)
+                same.append((square + 1e-3).sqrt() if released else square)
+            elif released:
+                different.append(1 / (square + 0.1))
             else:
                 distance = square.sqrt() ** abs(rule.power)
                 different.append(rule.beta / (distance + rule.epsilon) if rule.power < 0 else -rule.beta * distance)
-        return rule.weight * (torch.stack(same).mean() + torch.stack(different).mean())
+        return rule.weight * sum(sum(terms) / (len(terms) + 1e-3 * released) for terms in (same, different))
 
     def descend(self, name: str, loss: Tensor, rate: float) -> None:
         parameters = list(self.networks[name].parameters())
@@ -231,12 +250,16 @@ USED = {"networks", "encoder", "agent", "optimisers", "settings"}
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_is_followed_through_the_five_files_that_the_packages_page_names(name: str):
-    settings, visited = override(ODD, STEPS[name]), set()
+    settings, visited, losses, back = override(ODD, STEPS[name]), set(), set(), set()
     focal, replay = Focal(settings, RAW, 2, torch.Generator()), TaskReplay(walk_data().tasks, RAW, settings)
 
     def note(frame: FrameType, *_: object) -> None:
-        path = Path(frame.f_code.co_filename)
-        visited.update({path.stem} if path.parent.name == "trainer" else ())
+        path, caller = Path(frame.f_code.co_filename), Path(frame.f_back.f_code.co_filename)
+        if path.parent.name != "trainer":
+            return
+        visited.add(path.stem)
+        losses.update({path.stem} if "loss" in frame.f_code.co_name else ())
+        back.update({(caller.stem, path.stem)} if caller.parent == path.parent and caller.stem in USED else ())
 
     before = sys.getprofile()
     sys.setprofile(note)
@@ -245,6 +268,8 @@ def test_a_step_is_followed_through_the_five_files_that_the_packages_page_names(
     finally:
         sys.setprofile(before)
     assert {"focal", "replay", "control", "distance"} <= visited <= FILES | USED
+    assert losses <= FILES
+    assert all(called in USED for _, called in back), "what is used calls none of the five"
     assert all(f"`{file}.py`" in focal_trainer.__doc__ for file in visited - {"settings"})
 
 
@@ -313,7 +338,7 @@ EFFECTS: dict[str, tuple[dict[str, object], object]] = {
     "encoder_half_life": ({**_FIRST, "encoder_after": "decaying"}, 2),
     "gradients": ({}, "coupled"),
     "task_replacement": ({}, True),
-    "context_draws": ({}, 1),
+    "context_draws": ({"task_replacement": True}, 1),
     "distance.power": ({}, 1),
     "distance.beta": ({}, 2),
     "distance.epsilon": ({}, 0.2),

@@ -59,19 +59,21 @@ def bellman_gradients(settings: FocalSettings) -> list[Tensor]:
     replay = TaskReplay(walk_data().tasks, RAW, settings)
     focal = Focal(settings, RAW, 2, generator())
     batch = sample_meta_batch(replay, settings, generator(1), **STEPS)
-    data, encoder = batch.transitions, focal.agent.encoder
-    embeddings = encoder(batch.contexts[0])
+    data, encoder, draws = batch.transitions, focal.agent.encoder, generator(2)
+    embeddings = encoder.infer(batch.contexts.flatten(0, 1), draws)[0][: len(batch.tasks)]  # control sees the first
     states, next_states = (augment(rows, embeddings) for rows in (data.observations, data.next_observations))
     targets, _ = critic_targets(
         focal.agent.policy, focal.control.target_critic, None, data, states, next_states, settings, focal.control.alpha,
-        torch.tensor(1.0), generator(2),
+        torch.tensor(1.0), draws,
     )  # fmt: skip
     loss, _ = critic_loss(focal.control.critic, states, data.actions, targets)
     return list(torch.autograd.grad(loss, list(encoder.parameters())))
 
 
-def test_coupled_gradients_are_those_of_the_critics_loss_and_of_nothing_else():
-    settings = with_settings(gradients="coupled", distance__weight=0)
+@pytest.mark.parametrize("kind", ["deterministic", "probabilistic"])
+def test_coupled_gradients_are_those_of_the_critics_loss_and_of_nothing_else(kind: str):
+    """Through the sample of the posterior that control saw, where there is one."""
+    settings = with_settings(gradients="coupled", distance__weight=0, encoder__kind=kind, encoder__kl_weight=0)
     focal, *_ = trained(settings)
     for found, expected in zip(gradients(focal), bellman_gradients(settings), strict=True):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-9)
@@ -201,6 +203,10 @@ def test_d7_leaves_the_observation_of_a_reset_unscaled():
         ({"released.raw_reset": True, "observation_scale": "none"}, "--set observation_scale=absmax"),
         ({"gradients": "coupled", "schedule": "encoder-first", "encoder_steps": 5}, "--set encoder_after=decaying"),
         ({"distance.weight": 0}, "leaves the encoder without a loss"),
+        ({"context_draws": 1}, "no task is drawn twice; --set task_replacement=true"),
+        ({"distance.form": "released", "distance.beta": 2}, r"has no effect here; --set distance\.form=paper"),
+        ({"regularisation.divergence": "wasserstein"}, "has no effect here; --set regularisation.kind=policy"),
+        ({"entropy.enabled": False, "entropy.learnt": True}, "no effect here; --set entropy.enabled=true"),
         ({"context_draws": 3}, "expected 1 or 2"),
         ({"value_limit": 0}, "value_limit=0"),
         ({"encoder.prior_std": 0}, r"encoder\.prior_std=0"),
@@ -209,6 +215,11 @@ def test_d7_leaves_the_observation_of_a_reset_unscaled():
 def test_a_variant_that_would_change_nothing_or_cannot_be_is_refused(changes: dict, message: str):
     with pytest.raises(UsageError, match=message):
         override(TINY, changes).check()
+
+
+def test_one_context_per_task_is_enough_where_no_two_are_compared():
+    settings = with_settings(context_draws=1, encoder__kind="probabilistic", distance__weight=0)
+    settings.check()
 
 
 # Contexts and schedule

@@ -18,6 +18,8 @@ Where a design choice of the paper acts, by setting (settings.py lists them all,
     context_*, task_replacement                 replay.py      what a step is drawn from
     schedule, encoder_steps, encoder_after      settings.py    encoder_rate, trains_control; focal.py obeys
     observation_scale, hide_x                   transform.py
+    precision                                   optimisers.py  matrix_precision; weights and losses stay fp32
+    value_limit                                 diagnostics.py value_bound; training.py stops the run there
     released.*                                  D1 focal.py; D2 divergence.py; D3, D4 control.py; D6 replay.py; D7
                                                 agent.py
 """

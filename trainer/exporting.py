@@ -58,13 +58,17 @@ class _Act(nn.Module):
 def export_policy(policy: TrainedPolicy, out: Path) -> list[Path]:
     """Write a policy into the folder `out`; return the files. The graphs are run in onnxruntime and must agree.
 
-    Raises `FocalError` for a method that does not act by one network, where the packages of the extra "export" are
-    missing, or where onnxruntime computes something else (then policy.json is not written).
+    Raises `FocalError` for a method that does not act by one network, for a run that acts otherwise at a reset (D7),
+    where the packages of the extra "export" are missing, or where onnxruntime computes something else (then policy.json
+    is not written).
     """
     agent, run = policy.agent, policy.run
     if not isinstance(agent, PolicyAgent):
         raise FocalError(f"{run.settings.algo} picks actions among sampled ones, which no ONNX graph here does; "
                          "export a run of focal or batch-pearl, or use focal.load_policy(RUN)")  # fmt: skip
+    if run.settings.raw_reset:
+        raise FocalError("this run has released.raw_reset=true, and an ONNX graph cannot know of resets; use "
+                         "focal.load_policy(RUN), whose `act` takes at_reset=True")  # fmt: skip
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401

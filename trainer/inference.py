@@ -48,12 +48,17 @@ class TrainedPolicy:
         return self.agent.embed(context.unsqueeze(0))[0].cpu().numpy()
 
     def act(
-        self, observation: np.ndarray, embedding: np.ndarray, generator: torch.Generator | None = None
+        self,
+        observation: np.ndarray,
+        embedding: np.ndarray,
+        generator: torch.Generator | None = None,
+        at_reset: bool = False,
     ) -> np.ndarray:
         """Return the action (act_dim,) in [-1, 1] for a raw `observation` (obs_dim,), or (M, act_dim) for (M, obs_dim).
 
         `embedding` (L,) is what `embed` returned. The policy's mode; with a `generator`, on the agent's device, a
-        sample. Raises `FocalError` for an observation of another width or an embedding of another shape.
+        sample. `at_reset` says that an episode begins here, which matters to runs with `released.raw_reset` (D7) only.
+        Raises `FocalError` for an observation of another width or an embedding of another shape.
         """
         observation, embedding = np.asarray(observation), np.asarray(embedding)
         latent = (self.agent.settings.latent_dim,)
@@ -61,7 +66,7 @@ class TrainedPolicy:
             raise FocalError(f"the embedding has shape {embedding.shape}, this run's are {latent}; it is what `embed` "
                              "returns")  # fmt: skip
         rows = observation.reshape(1, -1, observation.shape[-1])
-        actions = self.agent.act(rows, embedding[None], generator is None, generator)
+        actions = self.agent.act(rows, embedding[None], generator is None, generator, at_reset)
         return actions[0].reshape(*observation.shape[:-1], -1)
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:

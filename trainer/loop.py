@@ -28,7 +28,7 @@ from .runs import (
     training_generator,
     write_run,
 )
-from .settings import TrainSettings
+from .settings import ControlSettings, TrainSettings
 from .training import Progress, Training, only_process
 
 __all__ = ["Evaluate", "Progress", "RunSource", "load_agent", "train"]
@@ -104,6 +104,14 @@ class _SeedTraining(Training):
     def describe(self, step: int) -> Mapping[str, float]:
         """Return the spread of the embeddings."""
         return embedding_metrics(self._embed_tasks(step))
+
+    def advice(self) -> str:
+        """Name the behaviour regularisation that acts on the values, where the method has it."""
+        if not isinstance(self.settings, ControlSettings):
+            return ""
+        if self.settings.regularisation.kind == "value-penalty":
+            return "a larger --set regularisation.alpha=NUMBER, "
+        return "--set regularisation.kind=value-penalty, "
 
     def after_step(self, step: int, phase: str, journal: Journal) -> None:
         """Log the embeddings and the meta-test, every `eval_every` steps and at the end."""

@@ -39,7 +39,7 @@ class DistanceSettings:
 
     def __post_init__(self) -> None:
         if self.power not in (-2, -1, 1, 2):
-            raise UsageError(f"distance.power={self.power}, expected -2, -1, 1 or 2")
+            raise UsageError(f"distance.power={self.power}, expected -2, -1, 1 or 2; --set distance.power=-2")
         require(self, "distance.", above_zero=("epsilon",), not_negative=("beta", "weight"))
 
 
@@ -99,7 +99,7 @@ class BcqSettings:
     def __post_init__(self) -> None:
         above_zero = ("candidates", "perturbation_learning_rate")
         require(self, "bcq.", above_zero=above_zero, not_negative=("perturbation_limit",))
-        require_share("bcq.min_weight", self.min_weight)
+        require_share(self, "bcq.", "min_weight")
         require_widths(self, "bcq.")
 
 
@@ -150,8 +150,7 @@ class TrainSettings:
         intervals = ("log_every", "checkpoint_every", "eval_every", "value_limit")
         rates = ("encoder_learning_rate", "critic_learning_rate", "actor_learning_rate", "tau")
         require(self, "", above_zero=counts + intervals + rates)
-        for name in ("discount", "tau"):
-            require_share(name, getattr(self, name))
+        require_share(self, "", "discount", "tau")
         require_widths(self, "")
 
     @property
@@ -218,30 +217,37 @@ class ControlSettings(TrainSettings):
     def check(self) -> None:
         """Raise `UsageError` for settings that are each fine and wrong together."""
         if self.log_std_min > self.log_std_max:
-            raise UsageError(f"log_std_min={self.log_std_min} is above log_std_max={self.log_std_max}")
+            raise UsageError(f"log_std_min={self.log_std_min} is above log_std_max={self.log_std_max}; "
+                             f"--set log_std_min={self.log_std_max - 20}")  # fmt: skip
         rule = self.regularisation
         if rule.alpha_min > rule.alpha_max:
-            raise UsageError("regularisation.alpha_min is above regularisation.alpha_max")
+            raise UsageError(f"regularisation.alpha_min={rule.alpha_min} is above regularisation.alpha_max="
+                             f"{rule.alpha_max}; --set regularisation.alpha_max={rule.alpha_min}")  # fmt: skip
         adapts = rule.adaptive and rule.kind != "none"
         if adapts and not rule.alpha_min <= rule.alpha <= rule.alpha_max:
             above = rule.alpha > rule.alpha_max
             remedy = f"alpha_max={rule.alpha}" if above else f"alpha={rule.alpha_min}"
             raise UsageError(f"regularisation.alpha={rule.alpha} is adaptive and outside its bounds, {rule.alpha_min} "
                              f"to {rule.alpha_max}; --set regularisation.{remedy}")  # fmt: skip
-        self._check_released()
+        self._check_effects()
 
-    def _check_released(self) -> None:
+    def _check_effects(self) -> None:
         """An ablation that changes nothing would be read as a result."""
-        kind = self.regularisation.kind
-        needs = {
-            "penalise_output": (kind != "none", "regularisation.kind=policy"),
-            "penalty_at_state": (kind == "value-penalty", "regularisation.kind=value-penalty"),
-            "no_actor_divergence": (kind != "none", "regularisation.kind=value-penalty"),
-            "raw_reset": (self.observation_scale != "none", "observation_scale=absmax"),
+        rule, entropy, released = self.regularisation, self.entropy, self.released
+        penalised, regularised = rule.kind == "value-penalty", rule.kind != "none"
+        scaled = self.observation_scale != "none"
+        value_penalty, policy = "regularisation.kind=value-penalty", "regularisation.kind=policy"
+        chosen = {  # whether it is, whether it acts, and what would let it
+            "released.penalise_output=true": (released.penalise_output, regularised, policy),
+            "released.penalty_at_state=true": (released.penalty_at_state, penalised, value_penalty),
+            "released.no_actor_divergence=true": (released.no_actor_divergence, regularised, value_penalty),
+            "released.raw_reset=true": (released.raw_reset, scaled, "observation_scale=absmax"),
+            "regularisation.divergence=wasserstein": (rule.divergence == "wasserstein", regularised, policy),
+            "entropy.learnt=true": (entropy.learnt, entropy.enabled, "entropy.enabled=true"),
         }
-        for name, (met, remedy) in needs.items():
-            if getattr(self.released, name) and not met:
-                raise UsageError(f"released.{name}=true has no effect here; --set {remedy}")
+        for name, (on, acts, remedy) in chosen.items():
+            if on and not acts:
+                raise UsageError(f"{name} has no effect here; --set {remedy}")
 
 
 @dataclass(frozen=True)
@@ -263,7 +269,7 @@ class FocalSettings(ControlSettings):
         super().__post_init__()
         require(self, "", above_zero=("encoder_half_life",), not_negative=("encoder_steps",))
         if self.context_draws not in (1, 2):
-            raise UsageError(f"context_draws={self.context_draws}, expected 1 or 2")
+            raise UsageError(f"context_draws={self.context_draws}, expected 1 or 2; --set context_draws=2")
 
     @property
     def encoder_only_steps(self) -> int:
@@ -300,6 +306,11 @@ class FocalSettings(ControlSettings):
             raise UsageError(
                 f"distance.form=released knows only power -2, found {self.distance.power}; --set distance.form=paper"
             )
+        if self.distance.form == "released" and self.distance.beta is not None:
+            raise UsageError(f"distance.beta={self.distance.beta} has no effect here; --set distance.form=paper")
+        if self.context_draws == 1 and not self.task_replacement and self.distance.weight > 0:
+            raise UsageError("context_draws=1 gives the distance metric loss no two contexts of a task where no task "
+                             "is drawn twice; --set task_replacement=true")  # fmt: skip
         if self.schedule == "encoder-first" and self.encoder_steps == 0:
             raise UsageError("schedule=encoder-first with encoder_steps=0 freezes an untrained encoder; "
                              "--set encoder_steps=1500")  # fmt: skip
@@ -320,14 +331,14 @@ class FocalSettings(ControlSettings):
                              "--set schedule=joint, or --set encoder.kind=probabilistic")  # fmt: skip
 
 
-_POINT: dict[str, Any] = {"discount": 0.9, "reward_scale": 100.0, "latent_dim": 5, "encoder.kl_weight": 1.0}
+_POINT: dict[str, Any] = {"discount": 0.9, "reward_scale": 100.0, "encoder.kl_weight": 1.0}
 _BRAC_POLICY: dict[str, Any] = {"regularisation.kind": "policy", "regularisation.adaptive": True}
 _BRAC_VALUE: dict[str, Any] = {"regularisation.kind": "value-penalty", "regularisation.adaptive": True}
 
 # Differences from the defaults at the paper's scale. alpha is the paper's where recoverable (facts section 0), else the
 # released one. The released code draws 4 of the 2 fwd-back tasks with replacement; here a step takes both.
 _PAPER: dict[str, dict[str, Any]] = {
-    "sparse-point-robot": {**_POINT, "context_size": 1024, "context_reward": "sparse"},
+    "sparse-point-robot": {**_POINT, "latent_dim": 5, "context_size": 1024, "context_reward": "sparse"},
     "point-robot-wind": {**_POINT, "next_observation_in_context": True},
     "half-cheetah-vel": {**_BRAC_POLICY, "regularisation.alpha": 500.0, "context_size": 100},
     "half-cheetah-fwd-back": {
@@ -354,7 +365,7 @@ _PAPER: dict[str, dict[str, Any]] = {
 
 _LAPTOP_POINT: dict[str, Any] = {
     "schedule": "encoder-first", "encoder_steps": 1500, "steps": 8000, "context_size": 256, "batch_size": 128,
-    "encoder_hidden": (128, 128), "control_hidden": (128, 128), "encoder_learning_rate": 1e-3,
+    "latent_dim": 5, "encoder_hidden": (128, 128), "control_hidden": (128, 128), "encoder_learning_rate": 1e-3,
     "critic_learning_rate": 1e-3, "actor_learning_rate": 1e-3, "checkpoint_every": 1000, "eval_every": 2000,
 }  # fmt: skip
 # alpha 500 and 1e6 of the paper belong to a divergence that the released penalty caps near 1 (D2) and to 1e6 steps.
@@ -446,13 +457,15 @@ def require(settings: Any, prefix: str, above_zero: tuple[str, ...] = (), not_ne
         fits = value is None or ((value > 0 if name in above_zero else value >= 0) and value < float("inf"))
         if not fits:
             words = "above 0" if name in above_zero else "of 0 or more"
-            raise UsageError(f"{prefix}{name}={value}, expected a number {words}")
+            raise UsageError(f"{prefix}{name}={value}, expected a number {words}{_default(settings, prefix, name)}")
 
 
-def require_share(name: str, value: float) -> None:
-    """Raise `UsageError` unless `value` is from 0 to 1."""
-    if not 0.0 <= value <= 1.0:
-        raise UsageError(f"{name}={value}, expected a number from 0 to 1")
+def require_share(settings: Any, prefix: str, *names: str) -> None:
+    """Raise `UsageError` for the first field that is not from 0 to 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if not 0.0 <= value <= 1.0:
+            raise UsageError(f"{prefix}{name}={value}, expected a number from 0 to 1{_default(settings, prefix, name)}")
 
 
 def require_widths(settings: Any, prefix: str) -> None:
@@ -463,3 +476,11 @@ def require_widths(settings: Any, prefix: str) -> None:
             raise UsageError(
                 f"{prefix}{name}={widths}, expected widths of at least 1, for example --set {prefix}{name}=256,256"
             )
+
+
+def _default(settings: Any, prefix: str, name: str) -> str:
+    """End an error message with a field's default, as `--set` takes it."""
+    if prefix and not prefix.endswith("."):  # MBML's ensembles, which do not know which of two groups they are
+        return ""
+    default = next(each.default for each in dataclasses.fields(settings) if each.name == name)
+    return f"; its default: --set {prefix}{name}={'none' if default is None else default}"

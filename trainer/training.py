@@ -86,6 +86,10 @@ class Training:
         """Return further numbers for the log row at `step`; here none."""
         return {}
 
+    def advice(self) -> str:
+        """Say what else than smaller steps holds values down, ending with a comma; here nothing."""
+        return ""
+
     def after_step(self, step: int, phase: str, journal: Journal) -> None:
         """Do what comes after a step and before its checkpoint; here nothing."""
 
@@ -106,8 +110,7 @@ class Training:
                 remedy = "with smaller steps, for example --set critic_learning_rate=1e-4 --set tau=0.002"
             elif name == "critic/value_largest" and value > self.value_bound:
                 found = f"values diverge: {name} is {value:.3g} at step {step}, above the bound {self.value_bound:.3g}"
-                remedy = "with --set regularisation.kind=value-penalty (FOCAL, Batch PEARL), smaller steps, or --set "
-                remedy += "value_limit=NUMBER"
+                remedy = f"with {self.advice()}smaller steps, or --set value_limit=NUMBER"
             else:
                 continue
             # a value that is not finite is told by the message alone: JSON has no word for it
