@@ -18,7 +18,8 @@ CLI    := $(BIN)/focal-cli
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart data train compare sanity test-run lint type imports test test-slow reproduce ablation docs clean
+.PHONY: help setup quickstart data train compare sanity test-run report lint type imports test test-slow bench \
+  reproduce ablation docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -53,7 +54,10 @@ sanity: $(READY) ## Every method on one task of sparse-point-robot, where nothin
 	$(BIN)/python benchmarks/single_task.py sanity/sparse-point-robot --runs sanity/runs
 
 test-run: $(READY) ## Meta-test the newest run on its test tasks
-	$(CLI) test --runs $(RUNS)
+	$(CLI) test --stores $(STORES) --runs $(RUNS)
+
+report: $(READY) ## All about the newest run in one HTML page, report.html
+	$(CLI) report --stores $(STORES) --runs $(RUNS)
 
 lint: $(READY) ## ruff
 	$(BIN)/ruff check .
@@ -73,6 +77,12 @@ test: $(READY) ## The fast tests
 
 test-slow: $(READY) ## The slow tests: killed processes, learning
 	$(BIN)/pytest -m slow
+
+bench: $(READY) ## How fast this machine is in both stages, with the rivals, in meta-testing (some 15 minutes)
+	$(BIN)/python benchmarks/stage_one.py
+	$(BIN)/python benchmarks/stage_two.py
+	$(BIN)/python benchmarks/rivals.py
+	$(BIN)/python benchmarks/evaluation.py
 
 # FIGURE=3 ENV="point wind" makes these families' part; ENV's default is for the other targets
 ONLY = $(if $(findstring command,$(origin ENV)),$(foreach family,$(ENV),--env $(family)))

@@ -399,7 +399,7 @@ ITEMS = {
         Item("figure behaviour", "returns of the behaviour policies along training and by quality", draw_behaviour,
              families=tuple(FAMILIES)),
         Item("figure context-size", "return and task accuracy by context size", draw_context_sizes,
-             (Training(POINT, "mixed", "FOCAL"), Training(VEL, "mixed", "FOCAL"))),
+             (Training(POINT, "mixed", "FOCAL"), Training(VEL, QUALITY[VEL], "FOCAL"))),
         Item("table 1", "ESR and RMS of embeddings by loss, Half-Cheetah-Vel", table_separation, FOUR_LOSSES),
         Item("table 2", "Quality of the data per family", table_qualities, families=tuple(FAMILIES)),
         Item("table 3", "The fixed datasets", table_datasets, families=tuple(FAMILIES)),

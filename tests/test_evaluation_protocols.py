@@ -24,7 +24,8 @@ from focal.evaluation.protocols import (
     join_episodes,
 )
 from focal.experiment import training_data
-from focal.trainer.agent import new_policy_agent
+from focal.settings import override
+from focal.trainer.loop import train
 from focal.trainer.networks import TanhGaussianPolicy
 from focal.trainer.policies import save_policy
 from focal.trainer.settings import FocalSettings, TrainSettings
@@ -396,18 +397,65 @@ class TestAppendixC:
         )  # fmt: skip
         return metatest.TestTasks(tasks.family, ends, (shared, shared), (), "random", tasks.collection)
 
-    @pytest.mark.parametrize("seed", range(3))
-    def test_equal_embeddings_and_at_most_one_goal(self, twins, seed):
-        settings = FocalSettings(context_reward="sparse", latent_dim=3, context_size=40, encoder_hidden=(16,),
-                                 control_hidden=(16,))  # fmt: skip
-        agent = new_policy_agent(settings, Recorder.transform, 2, torch.Generator().manual_seed(seed))
-        steps = [np.arange(40)] * 2
-        first, second = embed_steps(agent, twins.contexts, np.array([0, 1]), steps)
-        assert (first == second).all()
-        envs = make_batch(twins.family, [entry.record.params for entry in twins.entries])
-        rollouts = play_agent(envs, agent, np.stack([first, second]), [0, 0])
-        assert rollouts.observations[0] == pytest.approx(rollouts.observations[1], abs=1e-5), "the same walk in both"
-        assert rollouts.sparse_returns.min() == 0.0
+    @pytest.fixture(scope="class")
+    def trained(self, make_collection, tmp_path_factory):
+        """FOCAL trained on two tasks a right angle apart, from sparse contexts, and those tasks with held-out contexts."""
+        collection = make_collection(tasks=2, both=True)
+        settings = override(
+            FocalSettings(),
+            {
+                "schedule": "encoder-first", "encoder_steps": 150, "steps": 400, "meta_batch": 2, "batch_size": 32,
+                "context_size": 64, "context_reward": "sparse", "latent_dim": 3, "encoder_hidden": (64, 64),
+                "control_hidden": (64, 64), "encoder_learning_rate": 3e-3, "critic_learning_rate": 3e-3,
+                "actor_learning_rate": 3e-3, "tau": 0.02, "discount": 0.7, "reward_scale": 20.0,
+            },
+        )  # fmt: skip
+        agent = train(tmp_path_factory.mktemp("runs") / "run", training_data(collection, "mixed"), settings, 0)
+        return agent, select_test_tasks(collection, "mixed")
+
+    def test_equal_contexts_have_equal_embeddings_and_at_most_one_goal_is_reached(self, trained):
+        """What two tasks log far from both goals is the same; a trained encoder cannot tell them apart by it, whatever
+        the order, and its policy then walks the same way in both. By contexts of their own it reaches both goals."""
+        agent, tasks = trained
+        envs = make_batch(tasks.family, [entry.record.params for entry in tasks.entries])
+
+        def reached(embeddings):
+            rollouts = play_agent(envs, agent, embeddings, [0, 0])
+            return rollouts, (rollouts.sparse_returns > 0).tolist()
+
+        first, second = self.far_from_both(tasks, seed=0), self.far_from_both(tasks, seed=1)
+        assert (first.observations[first.rows] != second.observations[second.rows]).any(), "another order"
+        every = [np.arange(len(first.rows))] * 2
+        equal = embed_steps(agent, (first, second), np.array([0, 1]), every)
+        assert equal[0] == pytest.approx(equal[1], abs=1e-5)
+        rollouts, goals = reached(equal)
+        assert rollouts.observations[0] == pytest.approx(rollouts.observations[1], abs=1e-2), "the same walk in both"
+        assert not all(goals)
+
+        own = embed_steps(agent, tasks.contexts, np.array([0, 1]), [np.arange(len(c.rows)) for c in tasks.contexts])
+        assert np.linalg.norm(own[0] - own[1]) > 0.1
+        assert reached(own)[1] == [True, True]
+        assert reached(own[[0, 0]])[1] == [True, False], "the context alone says where to go"
+        assert reached(own[[1, 1]])[1] == [False, True]
+
+    @staticmethod
+    def far_from_both(tasks, seed):
+        """The transitions of both tasks that earn nothing in either, in an order drawn by `seed`."""
+        goals = [np.array(entry.record.params["goal"]) for entry in tasks.entries]
+        parts = []
+        for data in tasks.contexts:
+            seen = data.observations[data.rows]
+            arrived = seen + 0.1 * data.actions
+            far = np.all([np.linalg.norm(arrived - goal, axis=1) > 0.25 for goal in goals], axis=0)
+            assert not data.infos["sparse_reward"][far].any()
+            parts.append(np.hstack([seen, data.actions])[far])
+        rows = np.random.default_rng(seed).permutation(np.concatenate(parts))
+        count = len(rows)
+        return Transitions(
+            observations=rows[:, :2], rows=np.arange(count), actions=rows[:, 2:], rewards=np.zeros(count, np.float32),
+            infos={"sparse_reward": np.zeros(count, np.float32)}, terminated=np.zeros(count, bool),
+            next_action_valid=np.zeros(count, bool),
+        )  # fmt: skip
 
     def test_no_policy_however_good_reaches_both(self, twins):
         """The straight line to either goal, or the best compromise between them, earns nothing in one of the tasks."""
