@@ -399,7 +399,7 @@ class TestAppendixC:
 
     @pytest.fixture(scope="class")
     def trained(self, make_collection, tmp_path_factory):
-        """FOCAL trained on two tasks a right angle apart, from sparse contexts, and those tasks with held-out contexts."""
+        """FOCAL trained on two tasks a right angle apart, from sparse contexts, and their held-out contexts."""
         collection = make_collection(tasks=2, both=True)
         settings = override(
             FocalSettings(),
