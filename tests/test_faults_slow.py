@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from focal.datasets import open_collection, verify_collection
+from focal.trainer.methods import METHODS
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +23,7 @@ GENERATE = [
     "--set", "sac.total_steps=600", "--set", "checkpoints=12", "--set", "episodes_per_checkpoint=4",
 ]  # fmt: skip
 EPISODES = 4 * 13 * 4
+KILLED_IN = ("*", "*", "run", "run")  # folders of runs: MBML's first stage, which goes first, is in teachers
 
 
 def start(*arguments, **options):
@@ -70,36 +72,48 @@ def assert_complete(path, expected):
     assert not list(path.rglob(".tmp*"))
 
 
-def test_a_killed_run_resumes_bit_identical(tmp_path, make_collection):
+@pytest.mark.parametrize("algo", METHODS)
+def test_a_killed_run_resumes_bit_identical(tmp_path, make_collection, algo):
     make_collection(tmp_path / "stores" / "point", tasks=6)
-    command = ["train", "--stores", tmp_path / "stores", "--data", "mixed", "--scale", "smoke", "--set", "steps=1500",
-               "--set", "checkpoint_every=100", "--set", "eval_every=500", "--seeds", "2"]  # fmt: skip
-    code, output = finish(*command, "--runs", tmp_path / "straight", "--name", "run")
+    command = ["train", "--stores", tmp_path / "stores", "--data", "mixed", "--scale", "smoke", "--algo", algo, "--set",
+               "steps=400", "--set", "checkpoint_every=20", "--set", "eval_every=200", "--seeds", "2"]  # fmt: skip
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    code, output = finish(*command, "--runs", straight, "--name", "run")
     assert code == 0, output
-    moments, kills = random.Random(1), 0
-    while kills < 6:
-        process = start(*command, "--runs", tmp_path / "killed", "--name", "run", "--resume")
-        try:
-            process.wait(timeout=moments.uniform(4.0, 10.0))
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            time.sleep(0.5)
-    code, output = finish(*command, "--runs", tmp_path / "killed", "--name", "run", "--resume")
+    moments = random.Random(1)
+    for where in KILLED_IN:
+        before = checkpoints(killed, where)
+        process = start(*command, "--runs", killed, "--name", "run", "--resume")
+        while not checkpoints(killed, where) - before:  # before that a kill hits imports, and nothing is resumed
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0.0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.5)
+    code, output = finish(*command, "--runs", killed, "--name", "run", "--resume")
     assert code == 0, output
-    assert kills > 0
-    for seed in ("seed_0", "seed_1"):
-        straight, killed = tmp_path / "straight" / "run" / seed, tmp_path / "killed" / "run" / seed
-        last = sorted((straight / "checkpoints").iterdir())[-1].name
-        for file in (straight / "checkpoints" / last).iterdir():
-            assert file.read_bytes() == (killed / "checkpoints" / last / file.name).read_bytes(), file.name
-        for log in ("metrics.jsonl", "evaluation.jsonl"):
-            rows = [[json.loads(line) for line in (run / log).read_text().splitlines()] for run in (straight, killed)]
-            for row in rows[0] + rows[1]:
-                row.pop("time/seconds")
-            assert rows[0] == rows[1], log
+    folders = {path.parent.parent.relative_to(straight) for path in checkpoints(straight)}
+    assert len(folders) == (3 if algo == "mbml" else 2), "two seeds, and MBML's first stage"
+    for folder in folders:
+        assert_same_training(straight / folder, killed / folder)
+
+
+def checkpoints(runs, where="*"):
+    """The checkpoints of seeds and of MBML's first stage in a folder of runs."""
+    return set(runs.glob(f"{where}/*/checkpoints/step_*"))
+
+
+def assert_same_training(straight, killed):
+    """The last checkpoint to the byte, what MBML's first stage predicts too, and the logs but for their seconds."""
+    last = max((straight / "checkpoints").iterdir()).relative_to(straight)
+    for file in [*(straight / last).iterdir(), *straight.glob("predictions.*")]:
+        assert file.read_bytes() == (killed / file.relative_to(straight)).read_bytes(), file
+    for log in straight.glob("*.jsonl"):
+        rows = [[json.loads(line) for line in (run / log.name).read_text().splitlines()] for run in (straight, killed)]
+        for row in rows[0] + rows[1]:
+            row.pop("time/seconds", None)
+        assert rows[0] == rows[1], log
 
 
 def limited_files(size):
@@ -125,10 +139,11 @@ def test_generate_on_a_full_disk(tmp_path, size, engine):
     assert verify_collection(tmp_path / "point").episodes == EPISODES
 
 
-def test_train_on_a_full_disk(tmp_path, make_collection):
+@pytest.mark.parametrize("algo", METHODS)
+def test_train_on_a_full_disk(tmp_path, make_collection, algo):
     make_collection(tmp_path / "stores" / "point")
     command = ["train", "--stores", tmp_path / "stores", "--runs", tmp_path / "runs", "--data", "mixed", "--scale",
-               "smoke", "--name", "run"]  # fmt: skip
+               "smoke", "--algo", algo, "--name", "run"]  # fmt: skip
     code, output = finish(*command, preexec_fn=limited_files(20_000))
     assert code == 1, output
     assert "Traceback" not in output
