@@ -78,7 +78,7 @@ test: $(READY) ## The fast tests
 test-slow: $(READY) ## The slow tests: killed processes, learning
 	$(BIN)/pytest -m slow
 
-bench: $(READY) ## How fast this machine is in both stages, with the rivals, in meta-testing (some 15 minutes)
+bench: $(READY) ## How fast this machine is in both stages, with the rivals, and in meta-testing
 	$(BIN)/python benchmarks/stage_one.py
 	$(BIN)/python benchmarks/stage_two.py
 	$(BIN)/python benchmarks/rivals.py
