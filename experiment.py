@@ -44,7 +44,7 @@ from .trainer.loop import train
 from .trainer.mbml import MbmlSettings
 from .trainer.mbml_first_stage import first_stage, first_stage_is_there, teachers_folder
 from .trainer.methods import train_settings
-from .trainer.replay import TaskReplay, TrainingData
+from .trainer.replay import TaskReplay, TrainingData, refuse_larger_context
 from .trainer.runs import (
     Run,
     RunSource,
@@ -428,11 +428,8 @@ def _refuse_context_larger_than_tests(collection: Collection, quality: str, size
     if tests is None:
         return
     entry, data = min(zip(tests.entries, tests.contexts, strict=True), key=lambda pair: len(pair[1].rows))
-    held = len(data.rows)
-    if size > held:
-        part = "" if entry.split == "test" else "held-out "  # all that a task that is trained on gives
-        raise FocalError(f"contexts of {size} transitions were asked for, but test task {entry.index} holds only "
-                         f"{held} {part}{quality} ones; --set context_size={held}, or other data")  # fmt: skip
+    part = "" if entry.split == "test" else ", held-out episodes alone,"  # of a task that is trained on
+    refuse_larger_context(size, len(data.rows), f"test task {entry.index}{part}")
 
 
 def training_data(collection: Collection, quality: str, cache: Path | None = None) -> TrainingData:

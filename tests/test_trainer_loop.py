@@ -261,7 +261,7 @@ def test_diverging_values_stop_with_the_bound_and_keep_the_last_good_checkpoint(
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [
-        (variant("value penalty"), "with a larger --set regularisation.alpha=NUMBER, smaller steps, or --set value_"),
+        (variant("value penalty"), "with another --set regularisation.alpha=NUMBER, smaller steps, or --set value_"),
         (variant("policy"), "with --set regularisation.kind=value-penalty, smaller steps, or --set value_"),
         (tiny_method("contextual-bcq"), "--name with smaller steps, or --set value_"),
     ],

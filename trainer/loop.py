@@ -110,7 +110,7 @@ class _SeedTraining(Training):
         if not isinstance(self.settings, ControlSettings):
             return ""
         if self.settings.regularisation.kind == "value-penalty":
-            return "a larger --set regularisation.alpha=NUMBER, "
+            return "another --set regularisation.alpha=NUMBER, "
         return "--set regularisation.kind=value-penalty, "
 
     def after_step(self, step: int, phase: str, journal: Journal) -> None:

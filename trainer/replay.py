@@ -220,11 +220,11 @@ def training_transform(data: TrainingData, settings: TrainSettings) -> Observati
     return fit_transform(observations, settings.observation_scale, settings.hide_x, data.absolute_x)
 
 
-def refuse_larger_context(size: int, held: int) -> None:
-    """Raise `FocalError` for contexts of `size` transitions where the smallest task has only `held`."""
+def refuse_larger_context(size: int, held: int, whose: str = "the smallest task") -> None:
+    """Raise `FocalError` for contexts of `size` transitions where `whose` data are only `held`."""
     if size > held:
         raise FocalError(
-            f"contexts of {size} transitions were asked for, but the smallest task holds only {held}; take at most "
+            f"contexts of {size} transitions were asked for, but {whose} holds only {held}; take at most "
             f"that (focal-cli train --set context_size={held}, focal-cli test --context-size {held}), or other data"
         )
 
