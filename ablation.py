@@ -16,7 +16,8 @@ from typing import Any
 from .datasets import Collection, open_collection
 from .envs import FAMILIES, get_family
 from .errors import DivergedError, FocalError, UsageError, did_you_mean
-from .evaluation import Interval, seed_interval
+from .evaluation import Interval
+from .evaluation.embeddings import spread_interval
 from .evaluation.metatest import RIGHT, UNTRAINED, WRONG, ZERO
 from .evaluation.run_figures import logged
 from .evaluation.statistics import difference_interval, verdict
@@ -95,7 +96,7 @@ class Measured:
 
     def interval(self, name: str) -> Interval | None:
         """Mean and interval over seeds; None where it was not measured."""
-        return seed_interval(self.numbers[name]) if self.numbers.get(name) else None
+        return spread_interval(name, self.numbers[name]) if self.numbers.get(name) else None
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -389,6 +390,8 @@ def ablation_page(name: str, measured: Mapping[str, Measured], known: Mapping[st
         "",
         f"{first.identity['episodes']} test episodes a task; intervals: 95% over seeds; the difference is to the row "
         'in column against, "not distinguishable" within 10% of (behaviour expert - untrained).',
+        "ESR and RMS of unseen tasks are of the mean of each task's test contexts, those of training tasks of one "
+        "context each: read them down a column, not across.",
         f"Content hash of the data {first.identity['content_hash'][:12]}.",
         "",
         markdown(table_rows(measured, known)),

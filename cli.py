@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .settings import SCALES
 QUALITIES = ("random", "medium", "expert", "mixed")
 METHODS = ("focal", "batch-pearl", "contextual-bcq", "mbml")
 PROTOCOLS = ("offline", "shift", "online", "mbml")
+UNITS = ("transitions", "episodes")
 
 
 class Cli(click.Group):
@@ -555,12 +557,13 @@ def train(
 @click.option(
     "--context-unit",
     "unit",
-    type=click.Choice(["transitions", "episodes"]),
+    type=click.Choice(UNITS),
     help="Independent transitions or whole episodes. [default: transitions; online: episodes]",
 )
 @click.option("--sweep", is_flag=True, help="Instead: contexts of many sizes.")
 @click.option("--sizes", default="1,2,5,10,20,50,100,200,500,1000", show_default=True, help="Those of --sweep.")
-@click.option("--matrix", is_flag=True, help="Instead: contexts of every quality there is.")
+@click.option("--matrix", is_flag=True, help="Instead: contexts of every quality, on the tasks that have them all.")
+@click.option("--only-seeds", metavar="A,B,...", help="Of the run's seeds, where another diverged. [default: all]")
 @click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Episodes per task.")
 @click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--figures/--no-figures", default=True, help="Save pictures in RUN/figures.")
@@ -569,15 +572,15 @@ def train(
 @json_option
 def test(
     run: Path | None, quality: str | None, protocol: str, context_size: int | None, unit: str | None,
-    sweep: bool, sizes: str, matrix: bool, episodes: int, test_seed: int, figures: bool, stores: Path, runs: Path,
-    as_json: bool,
+    sweep: bool, sizes: str, matrix: bool, only_seeds: str | None, episodes: int, test_seed: int, figures: bool,
+    stores: Path, runs: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Meta-test a run on its test tasks, all its seeds, beside the controls. RUN defaults to the newest."""
     import torch
 
     from .console import print_matrix, print_sweep, print_test
     from .experiment import newest_run, save_figures, test_run
-    from .sweeps import matrix_row, parse_sizes, sweep_run
+    from .sweeps import matrix_row, parse_seeds, parse_sizes, sweep_run
 
     if (sweep or matrix) and (protocol != "offline" or unit == "episodes" or (sweep and matrix)):
         raise UsageError("--sweep and --matrix test offline contexts of transitions, one of them at a time")
@@ -585,19 +588,19 @@ def test(
         raise UsageError(f"--sweep takes its sizes from --sizes, found --context-size {context_size}; leave it out")
     if matrix and quality is not None:
         raise UsageError(f"--matrix takes contexts of every quality, found --data {quality}; leave it out")
-    folder = run or newest_run(runs)
+    folder, seeds = run or newest_run(runs), None if only_seeds is None else parse_seeds(only_seeds)
     torch.set_num_threads(1)  # at these network sizes more threads only wait for each other
     pictures: list[Path] = []
     if sweep:
-        swept = sweep_run(folder, stores, quality, parse_sizes(sizes), episodes, test_seed)
+        swept = sweep_run(folder, stores, quality, parse_sizes(sizes), episodes, test_seed, seeds)
         _print_result(swept.to_json(), as_json, lambda: print_sweep(swept))
         pictures = swept.draw() if figures else []
     elif matrix:
-        tested = matrix_row(folder, stores, QUALITIES, context_size, episodes, test_seed)
+        tested = matrix_row(folder, stores, QUALITIES, context_size, episodes, test_seed, seeds)
         documents = {name: one.to_json() for name, one in tested.items()}
         _print_result(documents, as_json, lambda: print_matrix({folder.name: tested}))
     else:
-        result = test_run(folder, stores, quality, context_size, episodes, test_seed, protocol, unit)
+        result = test_run(folder, stores, quality, context_size, episodes, test_seed, protocol, unit, seeds=seeds)
         _print_result(result.to_json(), as_json, lambda: print_test(result))
         pictures = save_figures(result) if figures else []
     for picture in pictures:
@@ -612,6 +615,10 @@ def test(
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Seeds of each.")
 @click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
 @click.option("--protocol", type=click.Choice(PROTOCOLS), default="offline", show_default=True)
+@click.option(
+    "--context-size", type=click.IntRange(1), help="Of test contexts. [default: the largest trained with; see test]"
+)
+@click.option("--context-unit", "unit", type=click.Choice(UNITS), help="[default: transitions; online, mbml: episodes]")
 @click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Test episodes per task.")
 @click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
@@ -624,8 +631,9 @@ def test(
 @json_option
 def compare(
     env_name: str | None, collection: Path | str | None, quality: str, algos: str, seeds: int, scale: str | None,
-    protocol: str, episodes: int, test_seed: int, workers: int | None, device: str, ray: str | None, name: str | None,
-    stores: Path, runs: Path, assignments: Sequence[str], as_json: bool,
+    protocol: str, context_size: int | None, unit: str | None, episodes: int, test_seed: int, workers: int | None,
+    device: str, ray: str | None, name: str | None, stores: Path, runs: Path, assignments: Sequence[str],
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Compare methods on the same data: train what is missing, go on with what was stopped, test all, print one table.
 
@@ -652,7 +660,7 @@ def compare(
         seeds=tuple(range(seeds)), assignments=tuple(assignments), runs=runs, workers=workers or 0, device=device,
         ray=ray,
     )  # fmt: skip
-    request = CompareRequest(train, methods, stores, protocol, episodes, test_seed, name)
+    request = CompareRequest(train, methods, stores, protocol, episodes, test_seed, name, context_size, unit)
     if as_json:
         compared = compare(request)
     else:
@@ -790,6 +798,7 @@ def export_policy(run: Path | None, seed: int | None, output: Path | None, runs:
 @click.option("--workers", type=click.IntRange(1), help="Processes. [default: all cores]")
 @stores_option
 @runs_option
+@json_option
 def reproduce(
     kind: str | None,
     number: str | None,
@@ -799,6 +808,7 @@ def reproduce(
     workers: int | None,
     stores: Path,
     runs: Path,
+    as_json: bool,
 ) -> None:
     """Make a figure or table of the paper; data and runs that are missing are made first. Alone, lists them.
 
@@ -810,16 +820,26 @@ def reproduce(
     from .reproduce import find_items, reproduce
 
     if kind is None:
-        _print_rows([{"item": item.name, "what": item.what} for item in ITEMS.values()], False)
+        _print_rows([{"item": item.name, "what": item.what} for item in ITEMS.values()], as_json)
         return
     if number is None:
         raise UsageError(f"which {kind}? for example: focal-cli reproduce {kind} {'8' if kind == 'figure' else '6'}")
     items = find_items(kind, number)
     if families:
         items = [item.restricted([get_family(name).name for name in families]) for item in items]
+    # with --json the standard output is not the bars'
+    generating: Any = (lambda _: nullcontext()) if as_json else GenerateBars
+    training: Any = nullcontext if as_json else TrainBars
+    made = {}
     for item in items:
-        for file in reproduce(item, scale, stores, runs, output, GenerateBars, TrainBars, workers or 0):
-            click.echo(f"saved {file}")
+        one = reproduce(item, scale, stores, runs, output, generating, training, workers or 0)
+        made[item.name] = [str(file) for file in one.files]
+        for file in one.files:
+            click.echo(f"saved {file}", err=as_json)
+        for note in one.notes:
+            click.echo(f"note: {note}", err=True)
+    if as_json:
+        click.echo(json.dumps(made, indent=2))
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], as_json: bool) -> None:

@@ -43,6 +43,10 @@ def test_command(run_dir: Path, document: Mapping[str, Any]) -> str:
     """The command of one of the files in RUN/tests."""
     words = ["focal-cli", "test", str(run_dir), "--episodes", str(document["episodes"])]
     words += ["--test-seed", str(document["test_seed"])]
+    if {int(seed) for seed in document["seeds"]} < set(document.get("seeds_of_run", [])):
+        words += ["--only-seeds", ",".join(document["seeds"])]
+    if document.get("tasks_with"):
+        return shlex.join([*words, "--matrix", "--context-size", str(document["context_size"])])
     if "sizes" in document:
         sizes = ",".join(map(str, document["sizes"]))
         return shlex.join([*words, "--data", str(document["quality"]), "--sweep", "--sizes", sizes])

@@ -1,12 +1,13 @@
 """Several methods on the same data, trained where they are not, tested alike, in one table and one picture.
 
 RUNS/NAME-ALGO              a run of each method; NAME is family and quality, and the scale where it is not laptop
-RUNS/comparisons/NAME/      comparison-PROTOCOL.json, .md and .csv, return_curves.png and .svg
+RUNS/comparisons/NAME/      comparison-PROTOCOL.json, .md and .csv (-SIZE-UNIT where asked for), return_curves.png and
+                            .svg, and where tasks have normalised scores profiles-PROTOCOL.png and .svg
 """
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,24 @@ import numpy as np
 from .datasets import open_collection
 from .envs import get_family
 from .errors import DivergedError, FocalError, UsageError, did_you_mean
-from .evaluation import CONDITIONS, Interval, difference_interval, over_seeds, probability_of_improvement, verdict
+from .evaluation import (
+    CONDITIONS,
+    Interval,
+    context_source,
+    difference_interval,
+    figures,
+    over_seeds,
+    probability_of_improvement,
+    select_test_tasks,
+    verdict,
+)
 from .evaluation.metatest import EXPERT, RIGHT, UNTRAINED, WRONG, ZERO, MetaTestResult
 from .evaluation.run_figures import logged, return_name
 from .evaluation.tables import write_table
 from .experiment import PlannedRun, RunTest, TrainProgress, TrainRequest, plan_run, raise_failure, test_run, train_jobs
 from .files import write_json
 from .provenance import provenance
-from .settings import field_names
+from .settings import field_names, to_dict
 from .trainer.journal import SECONDS, read_rows
 from .trainer.methods import find_method
 from .trainer.settings import TrainSettings, hidden_widths
@@ -31,12 +42,13 @@ from .trainer.settings import TrainSettings, hidden_widths
 # FOCAL's own laptop networks, which its results were measured with, are smaller than its rivals' 3 x 256.
 _LAPTOP_NETWORKS = ("focal:encoder_hidden=256,256,256", "focal:control_hidden=256,256,256")
 # Sizes meant for laptop runs of at most 15 minutes on two busy cores, and on the point robots for a first stage of MBML
-# of about an hour on one; what a step costs: docs/benchmarks.md.
-_LAPTOP_BATCHES = ("batch_size=64", "context_size=128", "mbml:context_size=64")
+# of about an hour on one; what a step costs: docs/benchmarks.md. Meta-tests often enough for a curve (figure 3).
+_LAPTOP_BATCHES = ("batch_size=64", "context_size=128", "mbml:context_size=64", "eval_every=1000")
 _LAPTOP_POINT = (
-    *_LAPTOP_BATCHES, "steps=3000", "meta_batch=8", "mbml:teachers.steps=1000", "mbml:teachers.rewards.steps=2000",
+    *_LAPTOP_BATCHES, "steps=3000", "meta_batch=8", "eval_every=250", "mbml:teachers.steps=1000",
+    "mbml:teachers.rewards.steps=2000",
 )  # fmt: skip
-_LAPTOP_MANY = (*_LAPTOP_BATCHES, "steps=8000")
+_LAPTOP_MANY = ("batch_size=32", "context_size=100", "mbml:context_size=64", "steps=5000", "eval_every=500")
 _LAPTOP_SIZES = {
     "sparse-point-robot": _LAPTOP_POINT,
     "point-robot-wind": _LAPTOP_POINT,
@@ -58,6 +70,8 @@ class CompareRequest:
     episodes: int = 10
     test_seed: int = 0
     name: str | None = None  # of the comparison
+    context_size: int | None = None  # of every method's test contexts; None: the largest that one trained with
+    unit: str | None = None  # of the size: transitions or episodes; None: the protocol's own
 
 
 @dataclass(frozen=True)
@@ -97,15 +111,16 @@ class Row:
 
     def cells(self) -> dict[str, Any]:
         """The line as the table shows it."""
-        unit = "normalised score" if self.normalised else "return"
+        name = return_name(self.test.run.family)
+        unit = "normalised score" if self.normalised else name
         returns = {condition: self.returns(condition) for condition in (RIGHT, WRONG, UNTRAINED)}
         difference = ", ".join(str(word) for word in (self.minus_next, self.verdict) if word is not None)
         return {
             "method": self.algo,
             f"interquartile mean, {unit}": str(self.interquartile),
             "P(better than the next)": "-" if self.better_than_next is None else str(self.better_than_next),
-            "return minus the next's": difference or "-",
-            **{f"return, {condition}": str(interval) for condition, interval in returns.items() if interval},
+            f"{name} minus the next's": difference or "-",
+            **{f"{name}, {condition}": str(interval) for condition, interval in returns.items() if interval},
             "seeds": len(self.test.results),
             "steps": self.test.run.settings.total_steps,
             "networks": networks(self.test.run.settings),
@@ -119,6 +134,7 @@ class Row:
             "run": str(self.test.run_dir),
             "gradient_steps": self.test.run.settings.total_steps,
             "networks": networks(self.test.run.settings),
+            "settings": to_dict(self.test.run.settings),
             "normalised": self.normalised,
             "scores": [[None if np.isnan(score) else score for score in row] for row in self.scores.tolist()],
             "interquartile_mean": dataclasses.asdict(self.interquartile),
@@ -186,6 +202,9 @@ def compare(request: CompareRequest, progress: TrainProgress | None = None) -> C
     `test_run` do.
     """
     collection = open_collection(request.train.collection)
+    source = context_source(request.protocol, request.unit, request.context_size, 1)
+    if request.context_size:  # else each method's own, which its plan checks
+        source.check(select_test_tasks(collection, request.train.quality))
     scale = request.train.scale or collection.scale
     name = request.name or comparison_name(collection.family, request.train.quality, scale)
     planned = _plan(request, name, collection.family, scale)
@@ -198,10 +217,12 @@ def compare(request: CompareRequest, progress: TrainProgress | None = None) -> C
     )
     comparison = Comparison(name, request.protocol, rows, (), tuple(diverged.values()))
     folder = request.train.runs / "comparisons" / name
-    stem = folder / f"comparison-{request.protocol}"
+    words = [request.context_size and str(request.context_size), request.unit]  # those that were asked for
+    stem = folder / "-".join(["comparison", request.protocol, *(word for word in words if word)])
     write_json(stem.with_suffix(".json"), comparison.to_json())
     tables = write_table(stem.with_suffix(".csv"), [row.cells() for row in comparison.rows], comparison.title)
-    return dataclasses.replace(comparison, files=(*tables, *draw_curves(folder, name, tests)))
+    profiles = draw_profiles(stem.with_name(stem.name.replace("comparison", "profiles", 1) + ".png"), rows)
+    return dataclasses.replace(comparison, files=(*tables, *draw_curves(folder, name, tests), *profiles))
 
 
 def comparison_name(family: str, quality: str, scale: str) -> str:
@@ -228,7 +249,9 @@ def _plan(request: CompareRequest, name: str, family: str, scale: str) -> dict[s
     planned = {}
     for algo in request.algos:
         words = (*equal_terms(family, scale, algo), *assignments[algo])  # the later of two words for a setting counts
-        own = dataclasses.replace(request.train, algo=algo, name=f"{name}-{algo}", assignments=words, resume=True)
+        own = dataclasses.replace(
+            request.train, algo=algo, name=f"{name}-{algo}", assignments=words, scale=scale, resume=True
+        )
         planned[algo] = plan_run(own)
     return planned
 
@@ -247,19 +270,21 @@ def _diverged(failures: Mapping[Any, BaseException], planned: Mapping[str, Plann
 
 
 def _context_size(request: CompareRequest, planned: Mapping[str, PlannedRun]) -> int | None:
-    """Return the size of every method's test contexts: the largest that one of them trained with.
+    """Return the size of every method's test contexts: the one asked for, or the largest that one trained with.
 
-    None, the protocol's own, where the methods gather their contexts in episodes.
+    None, the protocol's own, where contexts are whole episodes.
     """
-    if request.protocol not in ("offline", "shift"):
-        return None
+    if request.context_size or request.unit == "episodes" or request.protocol not in ("offline", "shift"):
+        return request.context_size
     return max(one.settings.context_size for one in planned.values())
 
 
 def _test(request: CompareRequest, run_dir: Path, size: int | None) -> RunTest:
     """Test a method; of a run that has more seeds than were asked for, those asked for count."""
-    test = test_run(run_dir, request.stores, None, size, request.episodes, request.test_seed, request.protocol)
-    return dataclasses.replace(test, results={seed: test.results[seed] for seed in request.train.seeds})
+    return test_run(
+        run_dir, request.stores, None, size, request.episodes, request.test_seed, request.protocol,
+        request.unit, seeds=request.train.seeds,
+    )  # fmt: skip
 
 
 def _first_stage_seconds(one: PlannedRun) -> float | None:
@@ -321,14 +346,19 @@ def networks(settings: TrainSettings) -> str:
 
 def draw_curves(folder: Path, name: str, tests: dict[str, RunTest]) -> list[Path]:
     """Draw the meta-tests that training logged, all methods in one picture; nothing where there were none."""
-    from .evaluation import figures
-
     curves = {algo: logged(test.run_dir, test.results, "evaluation", "test/return") for algo, test in tests.items()}
     curves = {algo: seeds for algo, seeds in curves.items() if all(seeds.values())}
     if not curves:
         return []
     label = return_name(next(iter(tests.values())).run.family)
     return figures.return_curves(folder / "return_curves.png", {name: curves}, [label])
+
+
+def draw_profiles(path: Path, rows: Sequence[Row]) -> list[Path]:
+    """Draw the methods' performance profiles; nothing where tasks have no normalised scores."""
+    if not rows[0].normalised:
+        return []
+    return figures.performance_profiles(path, {row.algo: row.scores for row in rows})
 
 
 def training_seconds(test: RunTest) -> dict[str, float]:

@@ -16,7 +16,9 @@ from rich.text import Text
 from .comparison import Comparison
 from .datagen import Progress as GenerateProgress
 from .datasets import QUALITIES, Collection, Selection
-from .evaluation import CONDITIONS, MetaTestResult, seed_interval
+from .evaluation import CONDITIONS, seed_interval
+from .evaluation.metatest import RIGHT, ZERO
+from .evaluation.run_figures import context_words, return_name
 from .experiment import RunTest, TrainProgress
 from .sweeps import Sweep
 
@@ -260,29 +262,17 @@ def _task_score_rows(tested: RunTest) -> list[dict[str, Any]]:
     return rows
 
 
-def context_words(result: MetaTestResult) -> str:
-    """`mixed context of 256 transitions`, or what else the protocol gave."""
-    amount = (
-        f"{result.context_size} {result.context_unit.rstrip('s') if result.context_size == 1 else result.context_unit}"
-    )
-    where = {
-        "offline": f"{result.quality} context of {amount}",
-        "shift": f"context of {amount} rolled out by other tasks' {result.quality} behaviour policies",
-        "online": f"context of {amount} that the policy collected itself",
-        "mbml": f"MBML's protocol: {amount} from the prior on, mean of the last 3",
-    }
-    return where[result.protocol]
-
-
 def print_test(tested: RunTest) -> None:
     """Print a meta-test's table: every condition with its interval over seeds."""
     result = tested.first
     where = "held-out context of the training tasks" if result.heldout_only else "unseen tasks"
-    rows = []
+    rows, name = [], return_name(result.family)
     for condition in CONDITIONS:
         if condition not in result.conditions:
             continue
-        row: dict[str, Any] = {"condition": condition, "return": str(tested.over_seeds("mean", condition))}
+        row: dict[str, Any] = {"condition": condition, name: str(tested.over_seeds("mean", condition))}
+        if dense := tested.over_seeds("dense_mean", condition):
+            row["dense return"] = str(dense)
         if result.optimum is not None:
             row["share of optimum"] = str(tested.over_seeds("share_of_optimum", condition))
         if result.counted.any():
@@ -296,11 +286,12 @@ def print_test(tested: RunTest) -> None:
     print_table(rows, title)
     chance = 1 / len(result.task_indices)
     console.print(f"task told from a context's embedding: {tested.accuracy} of contexts, chance {chance:.2f}")
+    if tested.spread:
+        console.print(f"tasks' mean embeddings: ESR {tested.spread['esr']}, RMS {tested.spread['rms']}")
     if result.counted.any() and len(result.task_indices) <= MOST_TASKS_SHOWN:
         print_table(_task_score_rows(tested), "normalised score per task")
     console.print("intervals: 95% over training seeds")
-    if result.skipped:
-        console.print(f"test tasks without {result.quality} data, left out: {', '.join(map(str, result.skipped))}")
+    _print_skipped(tested)
     uncounted = len(result.counted) - int(result.counted.sum())
     if uncounted:
         console.print(
@@ -321,7 +312,7 @@ def print_sweep(swept: Sweep) -> None:
     rows = [
         {
             "context": size,
-            "return": str(swept.over_seeds("return", size)),
+            return_name(swept.run.family): str(swept.over_seeds("return", size)),
             "task accuracy": str(swept.over_seeds("accuracy", size)),
         }
         for size in swept.sizes
@@ -342,10 +333,22 @@ def print_matrix(matrix: Mapping[str, Mapping[str, RunTest]]) -> None:
     """Print the mean return of runs (rows) with contexts of several qualities (columns)."""
     rows = []
     for name, row in matrix.items():
-        trained = next(iter(row.values())).run.source.quality
+        one = next(iter(row.values()))
         rows.append(
-            {"run": name, "trained on": trained}
-            | {f"{quality} context": str(tested.over_seeds("mean", "right context")) for quality, tested in row.items()}
+            {"run": name, "trained on": one.run.source.quality}
+            | {f"{quality} context": str(tested.over_seeds("mean", RIGHT)) for quality, tested in row.items()}
+            | {ZERO: str(one.over_seeds("mean", ZERO))}
         )
-    print_table(rows, "mean return by training data and context")
+    result = one.first
+    name = return_name(result.family)
+    print_table(rows, f"mean {name} by training data and context, {len(result.task_indices)} test tasks")
     console.print("intervals: 95% over training seeds")
+    _print_skipped(one)
+
+
+def _print_skipped(tested: RunTest) -> None:
+    """Say which test tasks were left out for want of data."""
+    result = tested.first
+    if result.skipped:
+        qualities = " or ".join(tested.shared or (result.quality,))
+        console.print(f"test tasks without {qualities} data, left out: {', '.join(map(str, result.skipped))}")

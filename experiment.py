@@ -34,7 +34,9 @@ from .evaluation import (
     quick_test,
     seed_interval,
     select_test_tasks,
+    share_interval,
 )
+from .evaluation.embeddings import spread_interval
 from .files import write_json
 from .provenance import provenance
 from .settings import override, parse_assignments
@@ -51,15 +53,17 @@ from .trainer.runs import (
     describe_run,
     load_agent,
     load_untrained_agent,
+    only_seeds,
     read_run,
     refuse_other_run,
     seed_folder,
 )
 from .trainer.settings import TrainSettings
-from .trainer.training import DIVERGED
+from .trainer.training import DIVERGED, SMALLER_STEPS
 from .workers import available_cores, run_jobs
 
 TEST_FORMAT = "focal-test/1"
+MEASURES = ("mean", "dense_mean", "score", "share_of_optimum")  # of a condition, methods of `MetaTestResult`
 QUICK_EPISODES, QUICK_SEED = 2, 1_000_003  # of the meta-tests during training; another seed than `focal-cli test`'s
 
 
@@ -140,9 +144,10 @@ class RunTest:
     episodes: int
     test_seed: int
     results: dict[int, MetaTestResult]
+    shared: tuple[str, ...] = ()  # qualities that every task has; others were left out
 
     def over_seeds(self, measure: str, condition: str) -> Interval | None:
-        """Interval over seeds of `measure` ("mean", "score" or "share_of_optimum"), None where it does not exist."""
+        """Interval over seeds of `measure`, one of `MEASURES`; None where it does not exist."""
         values = [getattr(result, measure)(condition) for result in self.results.values()]
         return None if any(value is None for value in values) else seed_interval(values)
 
@@ -164,7 +169,13 @@ class RunTest:
     @property
     def accuracy(self) -> Interval:
         """Interval over seeds of the nearest-centroid task accuracy."""
-        return seed_interval([result.task_accuracy for result in self.results.values()])
+        return share_interval([result.task_accuracy for result in self.results.values()])
+
+    @property
+    def spread(self) -> dict[str, Interval]:
+        """Intervals over seeds of ESR, RMS and effective dimensions; empty for a single task."""
+        found = [result.spread for result in self.results.values()]
+        return {name: spread_interval(name, [one[name] for one in found]) for name in found[0]}
 
     @property
     def name(self) -> str:
@@ -178,7 +189,9 @@ class RunTest:
             f"episodes{self.episodes}",
             f"seed{self.test_seed}",
         ]
-        return "-".join(words)
+        if self.shared:
+            words.append(f"tasks-with-{'+'.join(self.shared)}")
+        return "-".join(words) + only_seeds(self.results, self.run)
 
     @property
     def first(self) -> MetaTestResult:
@@ -191,7 +204,7 @@ class RunTest:
             condition: {
                 measure: dataclasses.asdict(interval) if interval else None
                 for measure, interval in [
-                    *((name, self.over_seeds(name, condition)) for name in ("mean", "score", "share_of_optimum")),
+                    *((name, self.over_seeds(name, condition)) for name in MEASURES),
                     ("interquartile_score", self.interquartile(condition)),
                 ]
             }
@@ -206,7 +219,10 @@ class RunTest:
             "context_unit": self.source.unit,
             "episodes": self.episodes,
             "test_seed": self.test_seed,
+            "tasks_with": list(self.shared),
+            "seeds_of_run": list(self.run.source.seeds),
             "task_accuracy": dataclasses.asdict(self.accuracy),
+            "spread": {name: dataclasses.asdict(interval) for name, interval in self.spread.items()},
             "gradient_steps": self.run.settings.total_steps,
             "collection": {"name": self.collection.name, "content_hash": self.collection.content_hash},
             "summary": summary,
@@ -406,7 +422,7 @@ def train_job(job: SeedJob, report: Any) -> None:
         return
     tests = _test_tasks_or_none(open_collection(job.collection), job.quality)
 
-    def evaluate(agent: Agent, step: int) -> dict[str, float]:
+    def evaluate(agent: Agent, step: int) -> dict[str, Any]:
         assert tests is not None
         return quick_test(agent, tests, job.settings.context_size, QUICK_EPISODES, QUICK_SEED)
 
@@ -488,30 +504,43 @@ def test_run(
     test_seed: int,
     protocol: str = "offline",  # noqa: PT028 (this is no pytest function)
     unit: str | None = None,  # noqa: PT028
+    *,
+    seeds: tuple[int, ...] | None = None,  # noqa: PT028
+    shared: tuple[str, ...] = (),  # noqa: PT028
 ) -> RunTest:
-    """Meta-test all seeds of a run on its collection's test tasks; every raw return is saved in RUN/tests.
+    """Meta-test all seeds of a run, or some, on its collection's test tasks; every raw return is saved in RUN/tests.
 
-    Raises `FocalError` when a seed is not fully trained, or when the run or its collection is missing or does not fit.
+    With `shared` only on tasks that have all these qualities. Raises `FocalError` when a seed is not fully trained, or
+    when the run or its collection is missing or does not fit, and `UsageError` for a seed that the run does not have.
     """
-    run, tasks = testable(run_dir, stores, quality)
+    run, tasks = testable(run_dir, stores, quality, seeds, shared)
     source = context_source(protocol, unit, context_size, run.settings.context_size)
     results = {}
-    for seed in run.source.seeds:
+    for seed in seeds or run.source.seeds:
         agent = load_agent(run_dir, seed)
         results[seed] = meta_test(agent, load_untrained_agent(run_dir, seed), tasks, source, episodes, test_seed)
-    tested = RunTest(run_dir, run, tasks.collection, source, episodes, test_seed, results)
+    tested = RunTest(run_dir, run, tasks.collection, source, episodes, test_seed, results, shared)
     write_json(run_dir / "tests" / f"{tested.name}.json", tested.to_json())
     return tested
 
 
-def testable(run_dir: Path, stores: Path, quality: str | None) -> tuple[Run, TestTasks]:
-    """Return a fully trained run and its test tasks with `quality` data (default: the training's).
+def testable(
+    run_dir: Path,
+    stores: Path,
+    quality: str | None,
+    seeds: tuple[int, ...] | None = None,  # noqa: PT028
+    shared: tuple[str, ...] = (),  # noqa: PT028
+) -> tuple[Run, TestTasks]:
+    """Return a run, fully trained in `seeds` (default: all), and its test tasks with `quality` data (the training's).
 
-    Raises `FocalError` as `test_run` does.
+    Raises as `test_run` does.
     """
     run = read_run(run_dir)
-    _refuse_unfinished(run_dir, run)
-    return run, select_test_tasks(collection_of(run, stores), quality or run.source.quality)
+    if unknown := set(seeds or ()) - set(run.source.seeds):
+        has = ",".join(map(str, run.source.seeds))
+        raise UsageError(f"{run_dir} has no seed {min(unknown)}, it has {has}; --only-seeds {has}")
+    _refuse_unfinished(run_dir, run, seeds or run.source.seeds)
+    return run, select_test_tasks(collection_of(run, stores), quality or run.source.quality, shared)
 
 
 def last_step(run_dir: Path, seed: int) -> int:
@@ -520,15 +549,34 @@ def last_step(run_dir: Path, seed: int) -> int:
     return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
 
-def _refuse_unfinished(run_dir: Path, run: Run) -> None:
+def tested_seeds(run_dir: Path) -> tuple[int, ...]:
+    """Return a run's seeds less those whose values diverged, or all, for a test to refuse, where nothing is left."""
+    run = read_run(run_dir)
+    diverged = {seed for seed in _unfinished(run_dir, run) if (seed_folder(run_dir, seed) / DIVERGED).exists()}
+    return tuple(seed for seed in run.source.seeds if seed not in diverged) or run.source.seeds
+
+
+def _unfinished(run_dir: Path, run: Run) -> list[int]:
+    return [seed for seed in run.source.seeds if last_step(run_dir, seed) < run.settings.total_steps]
+
+
+def _refuse_unfinished(run_dir: Path, run: Run, seeds: Sequence[int]) -> None:
     """A table must never show a half-trained network as a result."""
-    for seed in run.source.seeds:
-        step = last_step(run_dir, seed)
-        if step < run.settings.total_steps:
-            raise FocalError(
-                f"{run_dir}: seed {seed} is at step {step} of {run.settings.total_steps}; "
-                f"finish it: {resume_command(run_dir, run.source)}"
-            )
+    total, unfinished = run.settings.total_steps, _unfinished(run_dir, run)
+    ended = [seed for seed in run.source.seeds if seed not in unfinished]
+    for seed in seeds:
+        if seed in ended:
+            continue
+        found = f"{run_dir}: seed {seed} is at step {last_step(run_dir, seed)} of {total}"
+        if not (seed_folder(run_dir, seed) / DIVERGED).exists():
+            raise FocalError(f"{found}; finish it: {resume_command(run_dir, run.source)}")
+        others = (
+            f"the others alone: focal-cli test {shlex.quote(str(run_dir))} --only-seeds {','.join(map(str, ended))}"
+        )
+        raise FocalError(
+            f"{found}, where its values diverged, and would do so again; "
+            + (others if ended else f"train under another --name with {SMALLER_STEPS}")
+        )
 
 
 def collection_of(run: Run, stores: Path) -> Collection:

@@ -8,6 +8,7 @@ are as short as `focal-cli compare` makes them, and "full length" is that.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +18,17 @@ import numpy as np
 
 from .commands import flatten
 from .comparison import comparison_name, equal_terms
-from .datasets import Collection, Selection
+from .datasets import Collection, Selection, TaskEntry
 from .envs import FAMILIES, get_family
 from .errors import FocalError, UsageError
-from .evaluation import figures, seed_interval
-from .evaluation.embeddings import embed_tasks, spread
+from .evaluation import figures
+from .evaluation.embeddings import embed_tasks, spread, spread_interval
+from .evaluation.metatest import RIGHT, ZERO
 from .evaluation.run_figures import draw_data, logged, return_name
 from .evaluation.tables import write_table
-from .experiment import test_run
+from .experiment import RunTest, last_step
 from .settings import override, parse_assignments, to_dict
-from .sweeps import sweep_run
+from .sweeps import matrix_row, sweep_run
 from .trainer.methods import train_settings
 from .trainer.runs import load_agent, read_run, seed_folder
 from .trainer.settings import TrainSettings
@@ -39,6 +41,7 @@ BETAS = {-2: 1.0, -1: 2.0, 1: 8.0, 2: 16.0}  # the paper's Table 5b
 # the paper's section 5.1 started from expert data, and found mixed data better for Ant and Walker
 QUALITY = {family: "mixed" if family in (ANT, WALKER) else "expert" for family in FAMILIES}
 TASKS_DRAWN, DRAWS, SEED = 20, 50, 0
+NO_DATA, INTERVALS = "no such data", "intervals: 95% over training seeds"
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -83,19 +86,32 @@ class Material:
     not_begun: tuple[Training, ...] = ()  # those whose first stage diverged
 
     def agent(self, training: Training) -> Any:
-        """The first seed's trained agent."""
-        run_dir = self.runs[training]
-        return load_agent(run_dir, read_run(run_dir).source.seeds[0])
+        """The agent of the first seed that has a checkpoint."""
+        return load_agent(self.runs[training], self.trained(training)[0])
 
     def seeds(self, training: Training) -> tuple[int, ...]:
         """Seeds of a run."""
         return read_run(self.runs[training]).source.seeds
 
+    def trained(self, training: Training) -> list[int]:
+        """Seeds of a run that have a checkpoint. Raises `FocalError` where all diverged before their first."""
+        run_dir = self.runs[training]
+        found = [seed for seed in self.seeds(training) if last_step(run_dir, seed)]
+        if not found:
+            raise FocalError(
+                f"{run_dir}: the values of all seeds diverged before the first checkpoint, so that there is nothing to "
+                f"draw; see {seed_folder(run_dir, self.seeds(training)[0]) / DIVERGED}"
+            )
+        return found
+
+    def stops(self, training: Training) -> dict[str, Any]:
+        """What diverged.json says of each seed of a run that was stopped."""
+        paths = {str(seed): seed_folder(self.runs[training], seed) / DIVERGED for seed in self.seeds(training)}
+        return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.exists()}
+
     def label(self, training: Training) -> str:
         """A run's name in legends, which says so where a seed was stopped as diverged."""
-        stopped = training in self.not_begun or any(
-            (seed_folder(self.runs[training], seed) / DIVERGED).exists() for seed in self.seeds(training)
-        )
+        stopped = training in self.not_begun or bool(self.stops(training))
         return training.label + ", diverged" * stopped
 
 
@@ -144,7 +160,7 @@ class Item:
 
 def focal(family: str, label: str = "FOCAL", variant: str = "", *changes: str) -> Training:
     """A run of FOCAL on the quality that the paper's figures use."""
-    return Training(family, QUALITY[family], label, variant=variant, changes=changes)
+    return Training(family, QUALITY[family], label, variant=variant, changes=changes, may_diverge=True)
 
 
 def compared(family: str, algo: str, label: str, variant: str = "", *changes: str) -> Training:
@@ -283,15 +299,16 @@ def table_separation(item: Item, material: Material) -> list[Path]:
     for training in material.runs:
         run = read_run(material.runs[training])
         measured: dict[str, list[float]] = {}
-        for seed in run.source.seeds:
+        for seed in material.trained(training):
             agent = load_agent(material.runs[training], seed)
             points = embed_tasks(agent, material.collections[training.family], run.source.quality, 10, SEED)
             for where, unseen in (("training tasks", False), ("unseen tasks", True)):
                 for name, value in spread(points.of(unseen)).items():
                     measured.setdefault(f"{name.upper()}, {where}", []).append(value)
         chosen = {name: values for name, values in measured.items() if not name.startswith("DIMENSIONS")}
-        rows.append({"loss": training.label} | {name: str(seed_interval(values)) for name, values in chosen.items()})
-    return write_table(item.file(material), rows, item.what)
+        label = material.label(training)
+        rows.append({"loss": label} | {name: str(spread_interval(name, values)) for name, values in chosen.items()})
+    return write_table(item.file(material), rows, f"{item.what}; {INTERVALS}")
 
 
 def table_qualities(item: Item, material: Material) -> list[Path]:
@@ -306,21 +323,25 @@ def table_qualities(item: Item, material: Material) -> list[Path]:
 
 
 def table_datasets(item: Item, material: Material) -> list[Path]:
-    """Checkpoints, episodes and transitions of the data of every family."""
+    """Checkpoints, episodes and transitions of what figure 3's runs train on; held-out ones do not count."""
     rows = []
     for family, collection in material.collections.items():
         entries = collection.train_tasks()
-        steps = np.unique(np.concatenate([entry.store.read_table()["sac_steps"] for entry in entries]))
-        spacing = int(np.diff(steps).max()) if len(steps) > 1 else 0
-        counts = [entry.counts[QUALITY[family]] for entry in entries]
+        chosen = [_trained_on(entry, QUALITY[family]) for entry in entries]
+        lengths = [table["lengths"] for table in chosen]
+        counts = np.array([[len(own), own.sum()] for own in lengths if len(own)])
+        steps = np.unique(np.concatenate([table["sac_steps"] for table in chosen]))
+        checkpoints = NO_DATA
+        if len(steps):
+            checkpoints = f"{steps[0]}:{steps[-1]}:{np.diff(steps).min() if len(steps) > 1 else 0}"
         rows.append({
             "family": family,
             "tasks, training / test": f"{len(entries)} / {len(collection.test_tasks())}",
             "quality": QUALITY[family],
-            "checkpoints (start:end:spacing)": f"{int(steps[0])}:{int(steps[-1])}:{spacing}",
-            "tasks with that quality": sum(count.episodes > 0 for count in counts),
-            "episodes per task": float(np.mean([count.episodes for count in counts])),
-            "transitions per task": float(np.mean([count.steps for count in counts])),
+            "checkpoints (start:end:spacing)": checkpoints,
+            "tasks with that quality": len(counts),
+            "episodes per such task": float(counts[:, 0].mean()) if len(counts) else 0.0,
+            "transitions per such task": float(counts[:, 1].mean()) if len(counts) else 0.0,
             "steps per episode, at most": collection.horizon,
             "content hash": collection.content_hash[:12],
         })  # fmt: skip
@@ -346,21 +367,32 @@ def table_power_law(item: Item, material: Material) -> list[Path]:
 
 
 def table_matrix(item: Item, material: Material) -> list[Path]:
-    """Mean return for every quality of training data (rows) and of test context (columns)."""
+    """Mean return for every quality of training data (rows) and of test context (columns).
+
+    A family's cells are all of the test tasks that have every quality.
+    """
     rows = []
     for training in item.trainings:
         row: dict[str, Any] = {
             "family": training.family, "value": return_name(training.family), "trained on": training.quality,
         }  # fmt: skip
-        collection = material.collections[training.family]
+        cells: Mapping[str, RunTest] = {}
+        if training in material.runs:
+            cells = matrix_row(material.runs[training], material.stores, LEVELS, None, 10, SEED)
         for quality in LEVELS:
-            here = collection.tasks_with(quality, collection.test_tasks())[0]
-            row[f"{quality} context"] = "no such data"
-            if here and training in material.runs:
-                tested = test_run(material.runs[training], material.stores, quality, None, 10, SEED)
-                row[f"{quality} context"] = str(tested.over_seeds("mean", "right context"))
+            row[f"{quality} context"] = str(cells[quality].over_seeds("mean", RIGHT)) if quality in cells else NO_DATA
+        one = next(iter(cells.values()), None)
+        row[ZERO] = str(one.over_seeds("mean", ZERO)) if one else NO_DATA
+        row["test tasks"] = len(one.first.task_indices) if one else 0
         rows.append(row)
-    return write_table(item.file(material), rows, item.what)
+    return write_table(item.file(material), rows, f"{item.what}; {INTERVALS}, 10 episodes a task")
+
+
+def _trained_on(entry: TaskEntry, quality: str) -> dict[str, np.ndarray]:
+    """Columns of a task's episode table, of the episodes that training on `quality` takes."""
+    table = entry.store.read_table()
+    chosen = Selection(quality, heldout=False).mask(table)
+    return {name: table[name][chosen] for name in ("lengths", "sac_steps")}
 
 
 def _mean_return(collection: Collection, quality: str) -> float | None:

@@ -11,11 +11,12 @@ import numpy as np
 from .commands import flatten, generate_command, test_command, train_command
 from .console import quality_rows, task_rows
 from .datasets import QUALITIES, Collection, Selection
-from .evaluation import CONDITIONS, Interval, TestTasks, plots, seed_interval
+from .evaluation import CONDITIONS, Interval, TestTasks, plots
 from .evaluation.animation import HEIGHT, WIDTH, is_point, play_some, point_paths, render_frames
+from .evaluation.embeddings import spread_interval
 from .evaluation.report import Page, command, heading3, paragraph, render_page, table
 from .evaluation.run_figures import context_curves, logged, return_name
-from .experiment import TEST_FORMAT, test_run, testable
+from .experiment import TEST_FORMAT, test_run, testable, tested_seeds
 from .files import write_text
 from .settings import to_dict
 from .sweeps import SWEEP_FORMAT
@@ -26,8 +27,11 @@ CURVE_POINTS = 200  # of a training curve; more cannot be seen
 CANVAS = 260
 INTERVALS = "Intervals are 95% over training seeds; one seed is one trained network, and a single seed has none."
 MEASURES = (
-    "Accuracy: contexts whose embedding is nearest to the mean of their own task. ESR: pairs of tasks farther apart "
-    "than two random points are on average; RMS: their typical distance (paper, Table 1)."
+    "Accuracy: contexts whose embedding is nearest to the mean of 20 other contexts of their own task, drawn from the "
+    "same logged transitions. ESR: share of pairs of tasks whose squared distance exceeds 2L/3, what two uniform "
+    "points of the L-dimensional cube (-1, 1) have on average. RMS: standard deviation over the K tasks, mean of the L "
+    "dimensions, times the square root of 2K / (K - 1); uniform points have 0.82 (paper, section 5.2.1 and Table 1). "
+    "Both of the tasks' mean embeddings."
 )
 
 
@@ -50,17 +54,20 @@ def write_report(run_dirs: Sequence[Path], stores: Path, output: Path, rollouts:
 
 def run_page(run_dir: Path, stores: Path, again: str, prefix: str, rollouts: bool) -> Page:
     """Gather one run's page; `again` is the command that writes the report."""
-    run, tasks = testable(run_dir, stores, None)
+    seeds = tested_seeds(run_dir)
+    run, tasks = testable(run_dir, stores, None, seeds)
     tests = saved_tests(run_dir, run)
-    document = main_test(tests, run)
+    document = main_test(tests, run, seeds)
     if document is None:
-        document = test_run(run_dir, stores, None, None, 10, 0).to_json()
+        document = test_run(run_dir, stores, None, None, 10, 0, seeds=seeds).to_json()
         tests = saved_tests(run_dir, run)
     first = next(iter(document["seeds"].values()))
     where = "tasks it was trained on, with held-out contexts" if first["heldout_context_only"] else "unseen tasks"
     subtitle = (
         f"{run.settings.algo} on {run.family}, {run.source.quality} data, tested on {len(first['tasks'])} {where}"
     )
+    if diverged := [str(seed) for seed in run.source.seeds if seed not in seeds]:
+        subtitle += f"; without seed {', '.join(diverged)}, whose values diverged"
     page = Page(run_dir.name, subtitle, prefix=prefix)
     collection = tasks.collection
     add_results(page, run_dir, run, document, tests)
@@ -89,15 +96,16 @@ def saved_tests(run_dir: Path, run: Run) -> list[dict[str, Any]]:
     return found
 
 
-def main_test(tests: Sequence[Mapping[str, Any]], run: Run) -> Mapping[str, Any] | None:
-    """The test under training's own conditions, of all seeds, with the most episodes."""
+def main_test(tests: Sequence[Mapping[str, Any]], run: Run, seeds: Sequence[int]) -> Mapping[str, Any] | None:
+    """The test under training's own conditions, of `seeds`, with the most episodes."""
     usual = [
         test
         for test in tests
         if test["format"] == TEST_FORMAT
         and (test["protocol"], test["context_unit"]) == ("offline", "transitions")
         and test["context_size"] == run.settings.context_size
-        and {int(seed) for seed in test["seeds"]} == set(run.source.seeds)
+        and not test.get("tasks_with")  # a quality matrix's, of fewer tasks
+        and {int(seed) for seed in test["seeds"]} == set(seeds)
         and all(seed["quality"] == run.source.quality for seed in test["seeds"].values())
     ]
     return max(usual, key=lambda test: test["episodes"], default=None)
@@ -135,11 +143,12 @@ def add_results(
 
 
 def condition_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Mean return, share of the optimum, normalised score and its interquartile mean by condition."""
-    headings = {"mean": "return", "share_of_optimum": "share of optimum", "score": "normalised score",
-                "interquartile_score": "its interquartile mean"}  # fmt: skip
+    """Returns, share of the optimum, normalised score and its interquartile mean by condition."""
+    reported = return_name(next(iter(document["seeds"].values()))["family"])
+    headings = {"mean": reported, "dense_mean": "dense return", "share_of_optimum": "share of optimum",
+                "score": "normalised score", "interquartile_score": "its interquartile mean"}  # fmt: skip
     summary = {name: document["summary"][name] for name in CONDITIONS if name in document["summary"]}
-    shown = [measure for measure in headings if any(row[measure] for row in summary.values())]
+    shown = [measure for measure in headings if any(row.get(measure) for row in summary.values())]
     return [
         {"condition": name} | {headings[measure]: _interval(row[measure]) for measure in shown}
         for name, row in summary.items()
@@ -153,7 +162,7 @@ def embedding_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = [{"measure": f"task accuracy (chance {chance:.2f})", "value": _interval(document["task_accuracy"])}]
     for name, words in (("esr", "ESR"), ("rms", "RMS"), ("dimensions", "effective dimensions")):
         if name in seeds[0]:
-            rows.append({"measure": words, "value": str(seed_interval([seed[name] for seed in seeds]))})
+            rows.append({"measure": words, "value": str(spread_interval(name, [seed[name] for seed in seeds]))})
     return rows
 
 
@@ -176,11 +185,14 @@ def task_scores(document: Mapping[str, Any]) -> tuple[list[str], dict[str, np.nd
 def test_row(run_dir: Path, test: Mapping[str, Any]) -> dict[str, Any]:
     """One meta-test as a line."""
     right = test["summary"][CONDITIONS[0]]
-    quality = next(iter(test["seeds"].values()))["quality"]
+    first = next(iter(test["seeds"].values()))
+    context = f"{first['quality']}, {test['context_size']} {test['context_unit']}"
+    if test.get("tasks_with"):
+        context += f", the {len(first['tasks'])} tasks with every quality"
     return {
         "protocol": test["protocol"],
-        "context": f"{quality}, {test['context_size']} {test['context_unit']}",
-        "return": _interval(right["mean"]),
+        "context": context,
+        return_name(first["family"]): _interval(right["mean"]),
         "normalised score": _interval(right["score"]),
         "task accuracy": _interval(test["task_accuracy"]),
         "command": test_command(run_dir, test),
@@ -223,7 +235,7 @@ def add_training(page: Page, run_dir: Path, run: Run) -> None:
 
 def add_rollouts(page: Page, run_dir: Path, run: Run, tasks: TestTasks, document: Mapping[str, Any]) -> None:
     """Recorded episodes of the first seed."""
-    seed = run.source.seeds[0]
+    seed = int(next(iter(document["seeds"])))
     played = play_some(load_agent(run_dir, seed), tasks, document["context_size"], document["test_seed"])
     returns = played.right.returns if played.right.sparse_returns is None else played.right.sparse_returns
     name = return_name(run.family)

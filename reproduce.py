@@ -4,25 +4,40 @@
     RUNS/walker-mixed-coupled     a run: alias, quality, scale where it is not laptop, and what varies; those of several
                                   methods are `focal-cli compare`'s: walker-mixed-mbml
     OUT/figure_5a.png, .svg       the picture; OUT/table_1.csv, .md a table
+    OUT/figure_5a.json            what it rests on: collections, runs, seeds, settings, machine
 
-Whatever exists is used, after a check that its settings are the ones asked for; a run that was stopped goes on.
+Whatever exists is used: a run if its settings are the ones asked for, a collection of the scale with a note of what its
+settings have otherwise. A run that was stopped goes on.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .commands import flatten
 from .datagen import GenerateRequest, generate, generate_settings
 from .datasets import Collection, is_committed, open_collection
 from .envs import get_family
 from .errors import DivergedError, FocalError, UsageError
 from .experiment import TrainRequest, last_step, train_run
+from .files import write_json
 from .paper import ITEMS, Item, Material, Training, table_matrix, table_power_law, table_settings
+from .provenance import provenance
+from .settings import to_dict
 from .trainer.methods import METHODS
 from .trainer.runs import Run, read_run, seed_folder
 from .trainer.training import DIVERGED
 
 NEEDS_NOTHING = (table_settings, table_power_law)  # settings are known before anything is made
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """What was made, and what a reader must know of it."""
+
+    files: list[Path]
+    notes: list[str]
 
 
 def find_items(kind: str, number: str) -> list[Item]:
@@ -38,14 +53,14 @@ def find_items(kind: str, number: str) -> list[Item]:
 def reproduce(
     item: Item, scale: str, stores: Path, runs: Path, out: Path, generating: Callable[[str], Any],
     training_bars: Callable[[], Any], workers: int = 0,
-) -> list[Path]:  # fmt: skip
-    """Make an item's files and return them. `generating(family)` and `training_bars()` give progress bars.
+) -> Reproduced:  # fmt: skip
+    """Make an item's files. `generating(family)` and `training_bars()` give progress bars.
 
     Raises `FocalError` before anything is made when a method or setting that it needs is not in this version.
     """
     refuse_unknown(item, scale)
     if item.draw in NEEDS_NOTHING:
-        return item.draw(item, Material(scale, stores, {}, {}, out))
+        return _with_grounds(item, Material(scale, stores, {}, {}, out))
     families = dict.fromkeys([*item.families, *(training.family for training in item.trainings)])
     collections = {family: collection_at(family, scale, stores, generating, workers) for family in families}
     made, not_begun = {}, []
@@ -57,7 +72,51 @@ def reproduce(
                 not_begun.append(training)
             else:
                 made[training] = run_dir
-    return item.draw(item, Material(scale, stores, collections, made, out, tuple(not_begun)))
+    return _with_grounds(item, Material(scale, stores, collections, made, out, tuple(not_begun)))
+
+
+def _with_grounds(item: Item, material: Material) -> Reproduced:
+    """Draw an item, and write what it rests on beside it."""
+    files = item.draw(item, material)
+    unlike = {family: _unlike_scale(one, material.scale) for family, one in material.collections.items()}
+    runs = {
+        str(run_dir): {**read_run(run_dir).to_json(), "diverged": material.stops(training)}
+        for training, run_dir in material.runs.items()
+    }
+    path = material.out / f"{item.stem}.json"
+    write_json(path, {
+        "item": item.name,
+        "what": item.what,
+        "scale": material.scale,
+        "collections": {
+            family: {"name": one.name, "content_hash": one.content_hash, "unlike_scale": unlike[family]}
+            for family, one in material.collections.items()
+        },
+        "runs": runs,
+        "not_begun": [training.name(material.scale) for training in material.not_begun],
+        "provenance": provenance(),
+    })  # fmt: skip
+    notes = [
+        f"{item.name} rests on {material.collections[family].source}, which was not made with the settings of "
+        f"--scale {material.scale}: {found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''} ({path}); "
+        "--stores OTHER makes such data"
+        for family, found in unlike.items()
+        if found
+    ]
+    return Reproduced([*files, path], notes)
+
+
+def _unlike_scale(collection: Collection, scale: str) -> list[str]:
+    """What a collection's settings have otherwise than its scale, as `n_train is 20, not 80`; task numbers first."""
+    for how, words in (("import", "imported"), ("merge", "merged from others")):
+        if how in collection.settings:
+            return [f"it was {words}"]
+    fixed = get_family(collection.family).fixed_tasks is not None
+    found = flatten(collection.settings)
+    usual = flatten(to_dict(generate_settings(collection.family, scale, fixed_tasks=fixed)))
+    names = [name for name in {**usual, **found} if found.get(name) != usual.get(name)]
+    names.sort(key=lambda name: not name.startswith("n_"))
+    return [f"{name} is {found.get(name, 'missing')}, not {usual.get(name, 'set')}" for name in names]
 
 
 def refuse_unknown(item: Item, scale: str) -> None:

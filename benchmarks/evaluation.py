@@ -57,7 +57,7 @@ def logged(tasks: int) -> tuple[list[dict[str, Any]], list[Transitions]]:
 
 
 def meta_test(agent: Agent, tasks: TestTasks, episodes: int) -> int:
-    """Play every task with right and wrong contexts, as `focal-cli test` does; return the steps."""
+    """Play every task with right and wrong contexts, two of the conditions of `focal-cli test`; return the steps."""
     envs = make_batch(FAMILY, [entry.record.params for entry in tasks.entries for _ in range(episodes)])
     contexts = OfflineTransitions(agent.settings.context_size).gather(agent, tasks, envs, 0)
     seeds = episode_seeds(0, len(envs.tasks))

@@ -196,7 +196,7 @@ class Collection:
 
         A task that was also trained on (split `both` or `train`) gives its held-out episodes only.
         """
-        found = [Selection(quality, heldout=None if entry.split == "test" else True).load(entry) for entry in entries]
+        found = [_of_context(quality, entry).load(entry) for entry in entries]
         return [None if episodes is None else episodes.transitions() for episodes in found]
 
     def load_evaluation(self, index: int) -> tuple[Array, Array]:
@@ -213,6 +213,17 @@ class Collection:
         if name in self.files and sha256_of(data) != self.files[name][1]:
             raise FocalError(f"{self.source}: {name} is damaged (sha256 differs from dataset.json); {AGAIN}")
         return data
+
+
+def has_context(entry: TaskEntry, quality: str) -> bool:
+    """Whether `Collection.load_context` would find something of that task; only its episode table is read."""
+    return bool(entry.counts[quality].episodes) and bool(
+        _of_context(quality, entry).mask(entry.store.read_table()).any()
+    )
+
+
+def _of_context(quality: str, entry: TaskEntry) -> Selection:
+    return Selection(quality, heldout=None if entry.split == "test" else True)
 
 
 def _levels(entries: Sequence[TaskEntry]) -> str:

@@ -19,6 +19,7 @@ from .statistics import (
     performance_profile,
     probability_of_improvement,
     seed_interval,
+    share_interval,
     verdict,
 )
 
@@ -41,5 +42,6 @@ __all__ = [
     "quick_test",
     "seed_interval",
     "select_test_tasks",
+    "share_interval",
     "verdict",
 ]

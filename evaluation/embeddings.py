@@ -17,6 +17,7 @@ from ..envs import get_family
 from ..trainer.agent import Agent
 from ..trainer.diagnostics import embedding_metrics
 from ..trainer.replay import TaskReplay
+from .statistics import Interval, seed_interval, share_interval
 
 CONTEXT_STREAM = 6  # a child of the test seed
 
@@ -95,6 +96,11 @@ def spread(embeddings: np.ndarray) -> dict[str, float]:
     """
     means = torch.from_numpy(np.asarray(embeddings, np.float64).mean(axis=1))
     return {name.removeprefix("embedding/"): value for name, value in embedding_metrics(means).items()}
+
+
+def spread_interval(name: str, per_seed: Sequence[float]) -> Interval:
+    """Return the interval over seeds of one of `spread`'s numbers, whatever its name goes on with; ESR is a share."""
+    return (share_interval if name.lower().startswith("esr") else seed_interval)(per_seed)
 
 
 def nearest_centroid_accuracy(embeddings: np.ndarray, centroids: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from sklearn.manifold import TSNE
 from ..datasets import Collection, Selection
 from ..envs.point_robot import GOAL_RADIUS
 from ..errors import UsageError
-from .statistics import Interval, seed_interval
+from .statistics import PROFILE_THRESHOLDS, Interval, profile_intervals, seed_interval
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -66,8 +66,12 @@ def _legend_below(figure: Any, handles: Mapping[str, Any]) -> None:
 
 def _draw_curve(axis: Any, number: int, name: str, seeds: Mapping[int, Mapping[int, float]]) -> None:
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
     number_of = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    logged = {seed: curve for seed, curve in seeds.items() if curve}  # a seed may diverge before its first meta-test
+    if logged and len(logged) < len(seeds):
+        number_of = f"{len(logged)} of {number_of}"
+    seeds = logged or seeds
+    steps = sorted(set.intersection(*(set(curve) for curve in seeds.values())))
     label = f"{name} ({number_of if steps else 'no meta-test logged'})"
     intervals = [seed_interval([curve[step] for curve in seeds.values()]) for step in steps]
     means = [interval.mean for interval in intervals]
@@ -79,10 +83,24 @@ def _draw_curve(axis: Any, number: int, name: str, seeds: Mapping[int, Mapping[i
     _draw_band(axis, steps, intervals, colour)
 
 
-def _draw_band(axis: Any, x: Sequence[float], intervals: Sequence[Interval], colour: str) -> None:
+def _draw_band(axis: Any, x: Sequence[float] | np.ndarray, intervals: Sequence[Interval], colour: str) -> None:
     if intervals and all(interval.low is not None for interval in intervals):
         low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
         axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+
+
+def performance_profiles(path: Path, scores: Mapping[str, np.ndarray]) -> list[Path]:
+    """Draw the share of test tasks above each normalised score, for `scores` (S, K) by name: mean, 95% interval."""
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+        for number, (name, values) in enumerate(scores.items()):
+            intervals = profile_intervals(values, PROFILE_THRESHOLDS)
+            colour, label = COLOURS[number % len(COLOURS)], f"{name} ({len(values)} seed{'s' * (len(values) > 1)})"
+            axis.plot(PROFILE_THRESHOLDS, [interval.mean for interval in intervals], color=colour, lw=1.5, label=label)
+            _draw_band(axis, PROFILE_THRESHOLDS, intervals, colour)
+        axis.set(xlabel="normalised score", ylabel="share of test tasks above it", ylim=(-0.02, 1.02))
+        axis.legend(frameon=False, fontsize=8)
+        return save(figure, path)
 
 
 def value_curves(path: Path, panels: Mapping[str, Curves]) -> list[Path]:

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from ..datasets import Collection, TaskEntry, Transitions
+from ..datasets.collection import has_context
 from ..envs import BatchedEnvs, Rollouts, TaskFamily, get_family, make_batch, rollout
 from ..errors import FocalError
 from ..trainer.agent import Agent
 from ..trainer.diagnostics import embedding_metrics
 from ..trainer.networks import TanhGaussianPolicy
 from ..trainer.policies import load_policy
+from ..trainer.replay import refuse_larger_context
 from .embeddings import embed_contexts, nearest_centroid_accuracy, spread
 from .statistics import normalised, scored_tasks
 
@@ -35,7 +37,7 @@ class TestTasks:
     family: TaskFamily
     entries: tuple[TaskEntry, ...]
     contexts: tuple[Transitions, ...]  # the data each task's context is drawn from
-    skipped: tuple[int, ...]  # test tasks without that quality
+    skipped: tuple[int, ...]  # test tasks without that quality, or without another that all must have
     quality: str
     collection: Collection
 
@@ -87,6 +89,9 @@ class ContextSource:
     protocol: ClassVar[str]  # offline, shift or online
     unit: ClassVar[str] = "transitions"  # or episodes
 
+    def check(self, tasks: "TestTasks") -> None:
+        """Raise `FocalError` where the tasks' data cannot fill a context."""
+
     def gather(self, agent: Agent, tasks: "TestTasks", envs: BatchedEnvs, seed: int) -> Contexts:
         """Return contexts for every episode of `envs`, K tasks times E, as `agent` embeds them."""
         raise NotImplementedError
@@ -100,6 +105,10 @@ class OfflineTransitions(ContextSource):
     """Logged transitions of the test task, drawn independently, with replacement (FOCAL algorithm 2)."""
 
     protocol = "offline"
+
+    def check(self, tasks: TestTasks) -> None:
+        """See `ContextSource`."""
+        refuse_larger_context(self.size, min(len(context.rows) for context in tasks.contexts), "a test task")
 
     def gather(self, agent: Agent, tasks: "TestTasks", envs: BatchedEnvs, seed: int) -> Contexts:
         """See `ContextSource`."""
@@ -144,6 +153,11 @@ class MetaTestResult:
         """Mean reported return over tasks and episodes."""
         return float(self.conditions[condition].reported.mean())
 
+    def dense_mean(self, condition: str) -> float | None:
+        """Mean dense return over tasks and episodes, where the family reports the sparse one; else None."""
+        returns = self.conditions[condition]
+        return None if returns.sparse is None else float(returns.dense.mean())
+
     def task_scores(self, condition: str) -> np.ndarray:
         """Normalised return (K,): (return - untrained) / (expert - untrained); NaN for a task that is not `counted`."""
         per_task = self.conditions[condition].reported.mean(axis=1)
@@ -181,6 +195,7 @@ class MetaTestResult:
             "conditions": {
                 name: {
                     "mean": self.mean(name),
+                    "dense_mean": self.dense_mean(name),
                     "score": self.score(name),
                     "task_scores": _or_none(self.task_scores(name)),
                     "share_of_optimum": self.share_of_optimum(name),
@@ -191,9 +206,10 @@ class MetaTestResult:
         }
 
 
-def select_test_tasks(collection: Collection, quality: str) -> TestTasks:
+def select_test_tasks(collection: Collection, quality: str, and_also: Sequence[str] = ()) -> TestTasks:
     """Choose the test tasks that have `quality`. Context on a task also trained on comes from held-out episodes only.
 
+    With `and_also` only tasks that have these qualities too, so that the results of several are of the same tasks.
     Raises `FocalError` when none has it.
     """
     family = get_family(collection.family)
@@ -201,14 +217,19 @@ def select_test_tasks(collection: Collection, quality: str) -> TestTasks:
     ordered = family.ordered([entry.index for entry in tests], [entry.record.params for entry in tests])
     entries = [next(entry for entry in tests if entry.index == index) for index in ordered]
     found = collection.load_context(quality, entries)
-    have = [(entry, data) for entry, data in zip(entries, found, strict=True) if data is not None]
+    have = [
+        (entry, data)
+        for entry, data in zip(entries, found, strict=True)
+        if data is not None and all(has_context(entry, other) for other in and_also)
+    ]
     if not have:
+        wanted = ", ".join(dict.fromkeys([quality, *and_also]))
         raise FocalError(
-            f"no test task of {collection.source} has {quality} data; "
+            f"no test task of {collection.source} has {wanted} data; "
             f"see what there is: focal-cli data show {collection.source}"
         )
     kept = tuple(entry for entry, _ in have)
-    skipped = tuple(entry.index for entry, data in zip(entries, found, strict=True) if data is None)
+    skipped = tuple(index for index in ordered if index not in {entry.index for entry in kept})
     return TestTasks(family, kept, tuple(data for _, data in have), skipped, quality, collection)
 
 
@@ -262,8 +283,11 @@ def meta_test(
     )
 
 
-def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int, seed: int) -> dict[str, float]:
-    """Test with right and wrong context only, and measure the spread of the embeddings; what training logs."""
+def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int, seed: int) -> dict[str, Any]:
+    """Test with right and wrong context only, and measure the spread of the embeddings; what training logs.
+
+    Beside the means stands every return, reported reward, as lists (K, E): "test/return" and "test/returns".
+    """
     count = len(tasks.entries)
     parameters = [entry.record.params for entry in tasks.entries for _ in range(episodes)]
     envs = make_batch(tasks.family, parameters, threads=1)  # the other cores train the other seeds
@@ -272,7 +296,7 @@ def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int,
     sources = {"return": own}
     if count > 1:
         sources["wrong_context_return"] = half_way_round(own, count)
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {"test/tasks": [entry.index for entry in tasks.entries]}
     for name, source in sources.items():
         embeddings = embed_contexts(agent, tasks.contexts, source, context_size, seed)
         if name == "return":
@@ -280,16 +304,20 @@ def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int,
             metrics |= {f"test/{measure}": value for measure, value in measured.items()}
         returns = task_returns(play_agent(envs, agent, embeddings, seeds), count, episodes)
         metrics[f"test/{name}"] = float(returns.reported.mean())
+        metrics[f"test/{name}s"] = returns.reported.tolist()
     envs.close()
     return metrics
 
 
-def play_agent(envs: BatchedEnvs, agent: Agent, embeddings: np.ndarray, seeds: Sequence[int]) -> Rollouts:
-    """Roll the deterministic policy out, one embedding (M, L) per episode."""
-    calls = itertools.count()
+def play_agent(
+    envs: BatchedEnvs, agent: Agent, embeddings: np.ndarray, seeds: Sequence[int],
+    generator: torch.Generator | None = None,
+) -> Rollouts:  # fmt: skip
+    """Roll the policy out, one embedding (M, L) per episode: deterministic, or with `generator` stochastic."""
+    calls, noise = itertools.count(), {} if generator is None else {"deterministic": False, "generator": generator}
 
     def act(observations: np.ndarray) -> np.ndarray:
-        return agent.act(observations[:, None], embeddings, at_reset=next(calls) == 0)[:, 0]
+        return agent.act(observations[:, None], embeddings, at_reset=next(calls) == 0, **noise)[:, 0]
 
     return rollout(envs, act, seeds)
 

@@ -1,13 +1,13 @@
 """The report's interactive plots, as the plain JSON values that plotly.js draws: {"data": [...], "layout": {...}}."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from .figures import COLOURS, QUALITY_COLOURS, Curves, in_the_plane
-from .statistics import Interval, performance_profile, seed_interval
+from .statistics import PROFILE_THRESHOLDS, profile_intervals, seed_interval
 
 Plot = dict[str, Any]
 
@@ -85,12 +85,10 @@ def task_scores(scores: Mapping[str, np.ndarray], names: Sequence[str], ylabel: 
 
 def profile(scores: Mapping[str, np.ndarray]) -> Plot:
     """Performance profiles: the share of test tasks above each normalised score, (S, K) per condition."""
-    thresholds = np.linspace(-0.2, 1.2, 57)
     data: list[dict[str, Any]] = []
     for number, (condition, values) in enumerate(scores.items()):
-        shares = performance_profile(values, thresholds)
-        intervals = [_within(seed_interval(column), 0.0, 1.0) for column in shares.T]
-        data += band(thresholds.tolist(), intervals, condition, COLOURS[number])
+        intervals = profile_intervals(values, PROFILE_THRESHOLDS)
+        data += band(PROFILE_THRESHOLDS.tolist(), intervals, condition, COLOURS[number])
     return plot(data, "normalised score", "share of tasks above it")
 
 
@@ -141,13 +139,6 @@ def plot(data: list[dict[str, Any]], xlabel: str, ylabel: str, **layout: Any) ->
     legend = {"orientation": "h", "y": -0.22, "traceorder": "normal"}
     look = {"margin": {"l": 65, "r": 65, "t": 15, "b": 50}, "height": 400, "legend": legend}
     return {"data": data, "layout": axes | look | layout}
-
-
-def _within(interval: Interval, lowest: float, highest: float) -> Interval:
-    """The interval of a share: Student's t knows nothing of its bounds."""
-    if interval.low is None or interval.high is None:
-        return interval
-    return replace(interval, low=max(interval.low, lowest), high=min(interval.high, highest))
 
 
 def _seed_points(seed: int, steps: Sequence[int], curve: Mapping[int, float], colour: str) -> dict[str, Any]:

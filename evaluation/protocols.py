@@ -50,16 +50,20 @@ class OfflineEpisodes(ContextSource):
     protocol: ClassVar[str] = "offline"
     unit = "episodes"
 
-    def gather(self, agent: Agent, tasks: TestTasks, envs: BatchedEnvs, seed: int) -> Contexts:
-        """See `ContextSource`. Raises `FocalError` where a task has fewer episodes than asked for."""
-        own, rng = task_of_episode(tasks, envs), _generator(seed, DRAW_STREAM)
-        starts = [_episode_starts(context) for context in tasks.contexts]
-        fewest = min(len(start) - 1 for start in starts)
+    def check(self, tasks: TestTasks) -> None:
+        """See `ContextSource`."""
+        fewest = min(len(_episode_starts(context)) - 1 for context in tasks.contexts)
         if fewest < self.size:
             raise FocalError(
                 f"a test task has only {fewest} {tasks.quality} episodes, found a context of {self.size}; "
                 f"take at most --context-size {fewest}"
             )
+
+    def gather(self, agent: Agent, tasks: TestTasks, envs: BatchedEnvs, seed: int) -> Contexts:
+        """See `ContextSource`. Raises `FocalError` where a task has fewer episodes than asked for."""
+        self.check(tasks)
+        own, rng = task_of_episode(tasks, envs), _generator(seed, DRAW_STREAM)
+        starts = [_episode_starts(context) for context in tasks.contexts]
 
         def draw(source: np.ndarray) -> np.ndarray:
             steps = []
@@ -129,7 +133,8 @@ class Online(ContextSource):
         embeddings = np.zeros((len(envs.tasks), agent.settings.latent_dim), np.float32)
         played: list[Rollouts] = []
         for r in range(self.size):
-            played.append(_explore(envs, agent, embeddings, generator, episode_seeds(seed, len(envs.tasks), 1 + r)))
+            seeds = episode_seeds(seed, len(envs.tasks), 1 + r)
+            played.append(play_agent(envs, agent, embeddings, seeds, generator))
             data = join_episodes(played)
             embeddings = embed_steps(agent, data, np.arange(len(data)), [np.arange(len(one.rows)) for one in data])
         return _as_contexts(embeddings, played, tasks)
@@ -258,15 +263,6 @@ def _as_contexts(embeddings: np.ndarray, played: Sequence[Rollouts], tasks: Test
     dense = np.stack([one.dense for one in returns], axis=-1)
     sparse = [one.sparse for one in returns if one.sparse is not None]
     return Contexts(embeddings, wrong, type(returns[0])(dense, np.stack(sparse, axis=-1) if sparse else None))
-
-
-def _explore(
-    envs: BatchedEnvs, agent: Agent, embeddings: np.ndarray, generator: torch.Generator, seeds: Sequence[int]
-) -> Rollouts:
-    def act(observations: np.ndarray) -> np.ndarray:
-        return agent.act(observations[:, None], embeddings, deterministic=False, generator=generator)[:, 0]
-
-    return rollout(envs, act, seeds)
 
 
 def _policies_of_others(tasks: TestTasks, envs: BatchedEnvs, seed: int) -> list[TanhGaussianPolicy]:

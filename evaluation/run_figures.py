@@ -10,7 +10,7 @@ from ..datasets import QUALITIES, Collection, Quality, Selection
 from ..envs import get_family
 from ..envs.batch import env_class
 from ..trainer.journal import read_rows
-from ..trainer.runs import Run, seed_folder
+from ..trainer.runs import Run, only_seeds, seed_folder
 from . import figures
 from .animation import is_point
 from .metatest import MetaTestResult
@@ -22,20 +22,26 @@ TASKS_DRAWN, EPISODES_DRAWN = 5, 8
 def draw_run(run_dir: Path, run: Run, collection: Collection, results: Mapping[int, MetaTestResult]) -> list[Path]:
     """Draw a run whose seeds gave `results` into RUN/figures; return the files written.
 
-    The return curve is left out where training logged no meta-test (no test task had data of its quality).
+    Embeddings, the first seed's, of other contexts than training's own have a picture of their own. The return curve
+    is left out where training logged no meta-test (no test task had data of its quality).
     """
-    folder, result = run_dir / "figures", next(iter(results.values()))
+    folder, (seed, result) = run_dir / "figures", next(iter(results.items()))
     where = "held-out context" if result.heldout_only else "unseen tasks"
-    saved = []
+    saved, only = [], only_seeds(results, run)
     if curves := context_curves(run_dir, results):
         title = f"{run.family}, {run.source.quality} data"
         ylabel = f"{return_name(run.family)} on {where}"
-        saved += figures.return_curves(folder / "return_curve.png", {title: curves}, [ylabel])
+        saved += figures.return_curves(folder / f"return_curve{only}.png", {title: curves}, [ylabel])
     count, episodes, latent = result.embeddings.shape
     points = result.embeddings.reshape(count * episodes, latent), np.repeat(np.arange(count), episodes)
     names = [f"task {index}" for index in result.task_indices]
+    usual = (result.protocol, result.context_unit, result.context_size, result.quality) == (
+        "offline", "transitions", run.settings.context_size, run.source.quality,
+    )  # fmt: skip
+    of = [result.protocol, result.quality, str(result.context_size), result.context_unit]
+    path = folder / f"embeddings{'' if usual else '-' + '-'.join(of)}{only}.png"
     saved += figures.embeddings_by_task(
-        folder / "embeddings.png", {f"{run.family}: embeddings, {where}": points}, names
+        path, {f"{run.family}: {where}, seed {seed}": points}, names, context_words(result)
     )
     return saved + draw_data(folder / "data_by_quality.png", collection)
 
@@ -68,6 +74,20 @@ def draw_data(path: Path, collection: Collection) -> list[Path]:
 def return_name(family: str) -> str:
     """What the returns that a family reports are called; the returns of behaviour data are always dense."""
     return "sparse return" if get_family(family).sparse else "return"
+
+
+def context_words(result: MetaTestResult) -> str:
+    """`mixed context of 256 transitions`, or what else the protocol gave."""
+    amount = (
+        f"{result.context_size} {result.context_unit.rstrip('s') if result.context_size == 1 else result.context_unit}"
+    )
+    where = {
+        "offline": f"{result.quality} context of {amount}",
+        "shift": f"context of {amount} rolled out by other tasks' {result.quality} behaviour policies",
+        "online": f"context of {amount} that the policy collected itself",
+        "mbml": f"MBML's protocol: {amount} from the prior on, mean of the last 3",
+    }
+    return where[result.protocol]
 
 
 def context_curves(run_dir: Path, seeds: Iterable[int]) -> dict[str, dict[int, dict[int, float]]]:

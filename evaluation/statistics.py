@@ -6,6 +6,7 @@ pools runs and tasks before it takes the interquartile mean; with one estimate p
 too, and the estimand is the same for any number of seeds.) Cells that are NaN, tasks without a score, are left out.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import scipy.stats
 BOOTSTRAP_FROM = 10  # seeds; below that a bootstrap's interval is too short, and Student's t is used
 LEAST_SPAN = 0.1  # of the median (expert - untrained): a task with less has no normalised score
 _RESAMPLES = 9999
+PROFILE_THRESHOLDS = np.linspace(-0.2, 1.2, 57)  # normalised scores at which performance profiles are drawn
 
 Scores = np.ndarray | Sequence[Sequence[float]]
 
@@ -109,7 +111,8 @@ def verdict(difference: Interval, span: float) -> str:
 def interquartile_mean(values: np.ndarray | Sequence[float]) -> float:
     """Return the mean of the middle half of all `values`, NaN left out: a quarter is cut off at each end.
 
-    As `scipy.stats.trim_mean(values, 0.25)`: of 4n + r values, n are cut at each end. Raises `ValueError` for none.
+    As `scipy.stats.trim_mean(values, 0.25)`: of 4n + r values, n are cut at each end, so of 3 none. Raises `ValueError`
+    where there is no value.
     """
     flat = np.asarray(values, np.float64).reshape(-1)
     flat = flat[~np.isnan(flat)]
@@ -137,6 +140,19 @@ def performance_profile(scores: Scores, thresholds: np.ndarray | Sequence[float]
     rows = [row.reshape(-1) for row in np.asarray(scores, np.float64)]
     counted = [row[~np.isnan(row)] for row in rows]
     return np.array([[float((row > threshold).mean()) for threshold in thresholds] for row in counted])
+
+
+def profile_intervals(scores: Scores, thresholds: np.ndarray | Sequence[float]) -> list[Interval]:
+    """Return the mean of `performance_profile` over seeds with its interval at each threshold."""
+    return [share_interval(column) for column in performance_profile(scores, thresholds).T]
+
+
+def share_interval(per_seed: Sequence[float] | np.ndarray) -> Interval:
+    """Return `seed_interval` of a share, cut at 0 and 1: Student's t knows nothing of these bounds."""
+    interval = seed_interval(per_seed)
+    if interval.low is None or interval.high is None:
+        return interval
+    return dataclasses.replace(interval, low=max(interval.low, 0.0), high=min(interval.high, 1.0))
 
 
 def probability_of_improvement(first: Scores, second: Scores) -> Interval:

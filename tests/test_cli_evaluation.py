@@ -1,11 +1,14 @@
 """`focal-cli test` in all its forms, on a point robot generated and trained at smoke scale."""
 
 import json
+import shlex
+import shutil
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from focal import commands
 from focal.cli import main
 from focal.evaluation.metatest import CONDITIONS
 
@@ -72,13 +75,66 @@ def test_matrix_tests_every_quality_there_is(folders):
     assert "mixed" in told
     for quality, document in told.items():
         assert document["seeds"]["0"]["quality"] == quality
-    assert "mean return by training data and context" in cli("test", "--matrix", "--episodes", 2, *folders)
+        assert document["tasks_with"] == list(told), "all cells are of the same tasks"
+        kept = f"{quality}-context8-episodes2-seed0-tasks-with-{'+'.join(told)}.json"
+        assert (folders[3] / "point" / "tests" / kept).exists()
+    assert len({tuple(document["seeds"]["0"]["tasks"]) for document in told.values()}) == 1
+    printed = cli("test", "--matrix", "--episodes", 2, *folders)
+    assert "mean sparse return by training data and context" in printed
+    assert "zero action" in printed
+
+
+def test_some_seeds_alone(folders):
+    told = json.loads(cli("test", "--only-seeds", "1", "--episodes", 2, "--json", *folders))
+    assert list(told["seeds"]) == ["1"]
+    assert told["summary"]["right context"]["mean"]["seeds"] == 1
+    assert (folders[3] / "point" / "tests" / "mixed-context32-episodes2-seed0-only1.json").exists()
+    swept = json.loads(cli("test", "--sweep", "--sizes", 2, "--only-seeds", "1", "--episodes", 2, "--json", *folders))
+    assert list(swept["seeds"]) == ["1"]
+    for document in (told, swept):
+        assert "--only-seeds 1" in commands.test_command(folders[3] / "point", document)
+    assert "has no seed 7, it has 0,1; --only-seeds 0,1" in cli("test", "--only-seeds", "1,7", *folders, code=2)
+
+
+def test_a_seed_that_diverged_leaves_the_others(folders, tmp_path):
+    run = tmp_path / "runs" / "point"
+    shutil.copytree(folders[3] / "point", run)
+    for checkpoint in sorted((run / "seed_1" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(checkpoint)
+    (run / "seed_1" / "diverged.json").write_text("{}")
+    line = cli("test", run, *folders[:2], code=1)
+    assert "seed 1 is at step" in line
+    assert "where its values diverged, and would do so again; the others alone: focal-cli test" in line
+    words = shlex.split(line.split("the others alone: focal-cli ")[1])
+    assert "sparse return" in cli(*words, "--episodes", 2, *folders[:2]), "the next command must work as printed"
+    (run / "seed_0" / "diverged.json").write_text("{}")
+    for checkpoint in (run / "seed_0" / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)
+    assert "train under another --name with smaller steps, for example --set critic_learning_rate" in cli(
+        "test", run, *folders[:2], code=1
+    )
+
+
+def test_what_embeddings_and_returns_are_shown(folders):
+    figures = folders[3] / "point" / "figures"
+    printed = cli("test", "--episodes", 2, *folders)
+    for words in ("sparse return", "dense return", "ESR", "RMS"):
+        assert words in printed
+    usual = (figures / "embeddings.png").read_bytes()
+    printed = cli("test", "--protocol", "online", "--episodes", 2, *folders)
+    assert (figures / "embeddings.png").read_bytes() == usual, "embeddings of other contexts have another picture"
+    assert (figures / "embeddings-online-mixed-1-episodes.png").exists()
+    told = json.loads(cli("test", "--episodes", 2, "--no-figures", "--json", *folders))
+    dense = [np.mean(seed["conditions"]["zero action"]["returns"]) for seed in told["seeds"].values()]
+    assert told["summary"]["zero action"]["dense_mean"]["mean"] == pytest.approx(np.mean(dense))
+    assert told["spread"]["rms"]["mean"] == pytest.approx(np.mean([seed["rms"] for seed in told["seeds"].values()]))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--sweep", "--protocol", "online"], "--sweep and --matrix test offline contexts of transitions, one of them"),
+        (["--only-seeds", "x"], "--only-seeds got 'x', expected seeds of the run such as --only-seeds 0,2"),
         (["--sweep", "--sizes", "1,x"], "--sizes got '1,x', expected context sizes such as --sizes 1,10,100"),
         (["--protocol", "online", "--context-unit", "transitions"], "online collects whole episodes"),
         (

@@ -14,6 +14,7 @@ from focal.comparison import (
     CompareRequest,
     _plan,
     comparison_name,
+    draw_profiles,
     equal_terms,
     networks,
     rank,
@@ -87,6 +88,13 @@ def test_methods_are_ranked_by_interquartile_mean_and_compared_with_the_next():
     assert rows[0].verdict == "worse"
     assert (rows[1].minus_next, rows[1].verdict) == (None, None)
     assert rows[0].normalised
+
+
+def test_profiles_are_drawn_where_there_are_scores(tmp_path):
+    files = draw_profiles(tmp_path / "profiles.png", rank({"a": fake_test([[0.2, 0.9]]), "b": fake_test([[0.5, 0.1]])}))
+    assert [file.name for file in files] == ["profiles.png", "profiles.svg"]
+    assert files[0].stat().st_size > 10_000
+    assert draw_profiles(tmp_path / "none.png", rank({"a": fake_test([[1.0, 2.0]], counted=False)})) == []
 
 
 def test_returns_stand_in_where_an_expert_is_missing():
@@ -182,8 +190,9 @@ def test_the_runs_of_a_comparison_are_those_of_figure_3(folders, scale, tmp_path
 
 def test_terms_of_a_laptop_comparison():
     words = equal_terms("sparse-point-robot", "laptop", "mbml")
-    assert words == ("batch_size=64", "context_size=128", "context_size=64", "steps=3000", "meta_batch=8",
-                     "teachers.steps=1000", "teachers.rewards.steps=2000")  # fmt: skip
+    assert words == ("batch_size=64", "context_size=128", "context_size=64", "eval_every=1000", "steps=3000",
+                     "meta_batch=8", "eval_every=250", "teachers.steps=1000",
+                     "teachers.rewards.steps=2000")  # fmt: skip
     networks = ("encoder_hidden=256,256,256", "control_hidden=256,256,256")
     assert equal_terms("a-new-family", "laptop", "focal") == networks
     assert equal_terms("sparse-point-robot", "paper", "focal") == ()
@@ -209,6 +218,42 @@ def test_the_seeds_asked_for_count(folders, monkeypatch):
         (row,) = json.loads(cli(*command, "--seeds", seeds))["methods"]
         assert len(row["scores"]) == seeds
         assert list(row["seconds"]) == [str(seed) for seed in range(seeds)]
+
+
+def test_settings_of_an_earlier_comparison_are_not_taken_over(folders, monkeypatch):
+    monkeypatch.setattr("focal.experiment.run_jobs", run_here)
+    command = ["compare", "--data", "mixed", "--algos", "batch-pearl", "--seeds", 1, "--episodes", 2, "--name", "other"]
+    command += ["--set", "steps=4", *folders]
+    (row,) = json.loads(cli(*command, "--set", "regularisation.kind=policy", "--json"))["methods"]
+    assert (row["settings"]["steps"], row["settings"]["regularisation"]["kind"]) == (4, "policy")
+    line = cli(*command, code=1)
+    assert "is of another run: it has settings.regularisation.kind=policy, this command asks for none" in line
+
+
+def test_contexts_of_a_comparison_can_be_chosen(folders, monkeypatch):
+    monkeypatch.setattr("focal.experiment.run_jobs", run_here)
+    command = [
+        "compare",
+        "--data",
+        "mixed",
+        "--algos",
+        "batch-pearl",
+        "--seeds",
+        1,
+        "--episodes",
+        2,
+        "--name",
+        "chosen",
+    ]
+    command += ["--set", "steps=4", *folders]
+    found = json.loads(cli(*command, "--context-size", 2, "--context-unit", "episodes", "--json"))
+    assert (found["context_size"], found["context_unit"]) == (2, "episodes")
+    assert (folders[3] / "comparisons" / "chosen" / "comparison-offline-2-episodes.md").exists()
+    wrong = cli(*command, "--protocol", "online", "--context-unit", "transitions", "--name", "y", code=2)
+    assert "online collects whole episodes" in wrong
+    for words in (["--context-size", 10**6], ["--context-size", 10**4, "--context-unit", "episodes"]):
+        assert "take at most" in cli(*command, *words, "--name", "y", code=1)
+    assert not (folders[3] / "y-batch-pearl").exists(), "refused before training"
 
 
 def test_a_run_is_continued_with_its_own_method(folders, monkeypatch):

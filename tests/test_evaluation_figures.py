@@ -61,6 +61,29 @@ def test_curves_are_means_with_the_interval_over_seeds(tmp_path, monkeypatch):
     assert corners[corners[:, 0] == 0, 1].max() == pytest.approx(2.0 + 4.302653 / np.sqrt(3), rel=1e-5)
 
 
+def test_a_seed_that_diverged_at_once_does_not_hide_the_others(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update(axes=figure.axes) or plt.close(figure))
+    figures.return_curves(tmp_path / "x.png", {"one": {"FOCAL": {0: {5: 1.0}, 1: {}, 2: {5: 3.0}}}}, ["return"])
+    line = drawn["axes"][0].lines[0]
+    assert (line.get_label(), line.get_ydata().tolist()) == ("FOCAL (2 of 3 seeds)", [2.0])
+
+
+def test_profiles_are_shares_of_tasks(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update(axes=figure.axes) or plt.close(figure))
+    scores = {"FOCAL": np.array([[0.5, 1.0, 1.5, np.nan], [0.5, 0.5, 1.5, np.nan]]), "MBML": np.zeros((2, 4))}
+    figures.performance_profiles(tmp_path / "x.png", scores)
+    (axes,) = drawn["axes"]
+    focal, mbml = axes.lines
+    assert focal.get_label() == "FOCAL (2 seeds)"
+    share = dict(zip(np.round(focal.get_xdata(), 3).tolist(), focal.get_ydata(), strict=True))
+    assert [share[x] for x in (0.0, 0.6, 1.2)] == pytest.approx([1.0, (2 / 3 + 1 / 3) / 2, 1 / 3])
+    assert set(mbml.get_ydata()[mbml.get_xdata() >= 0]) == {0.0}
+    corners = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (corners.min(), corners.max()) == (0.0, 1.0), "shares stay shares"
+
+
 def test_episodes_by_quality_are_of_tasks_spread_over_the_goals(make_collection, tmp_path):
     collection = make_collection(tmp_path / "point", tasks=12, test=9)
     shown = texts(draw_data(tmp_path / "data.png", collection))

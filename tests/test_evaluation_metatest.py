@@ -250,6 +250,9 @@ def test_quick_test_agrees_with_the_full_one(tasks, result):
     quick = quick_test(GoalReader(), tasks, 32, EPISODES, 0)
     assert quick["test/return"] == pytest.approx(result.mean(RIGHT), rel=1e-5)
     assert quick["test/wrong_context_return"] == pytest.approx(result.mean(WRONG), abs=1e-5)
+    assert quick["test/tasks"] == list(result.task_indices)
+    for name, condition in (("return", RIGHT), ("wrong_context_return", WRONG)):  # every return, not the mean alone
+        assert np.array(quick[f"test/{name}s"]) == pytest.approx(result.conditions[condition].reported, abs=1e-5)
     goals = torch.tensor([entry.record.params["goal"] for entry in tasks.entries], dtype=torch.float64)
     spread = embedding_metrics(goals)  # the oracle's embedding is the goal
     assert {name: quick[f"test/{name}"] for name in spread} == pytest.approx(spread, abs=1e-4)
@@ -266,6 +269,16 @@ def test_context_of_a_task_also_trained_on_is_held_out(make_collection, tmp_path
         assert len(context.rows) + len(training[entry.index].rows) == collection.load(entry.index).num_steps
         seen = {row.tobytes() for row in training[entry.index].actions}
         assert not any(row.tobytes() in seen for row in context.actions)
+
+
+def test_tasks_that_lack_another_quality_can_be_left_out(make_collection, tmp_path):
+    collection = make_collection(tmp_path / "point", tasks=4, test=3, unreached=(2,))
+    assert select_test_tasks(collection, "random").skipped == ()
+    shared = [select_test_tasks(collection, quality, ("random", "expert")) for quality in ("random", "expert")]
+    for tasks in shared:
+        assert {entry.index for entry in tasks.entries} == {1, 3}
+        assert tasks.skipped == (2,)
+        assert len(tasks.contexts) == 2
 
 
 def test_no_test_task_has_the_quality(make_collection, tmp_path):

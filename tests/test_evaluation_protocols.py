@@ -283,15 +283,17 @@ def test_mbmls_protocol_starts_from_the_prior_and_reports_the_last_three(tasks):
 
 def test_online_embeds_everything_gathered_so_far(tasks, envs):
     class Explorer(Recorder):
-        told = []  # noqa: RUF012 (one test's own class)
+        told, resets = [], []
 
         def act(self, observations, embeddings, deterministic=True, generator=None, at_reset=False):
             self.told.append((deterministic, np.abs(embeddings).max()))
+            self.resets.append(at_reset)
             return super().act(observations, embeddings, deterministic, generator)
 
     recorder = Explorer()
     Online(3).gather(recorder, tasks, envs, seed=0)
     assert not any(deterministic for deterministic, _ in recorder.told), "it explores"
+    assert recorder.resets == 3 * ([True] + [False] * 19), "the first observations are said to be such (D7)"
     assert [largest for _, largest in recorder.told[:20]] == [0.0] * 20, "without a context: embedding 0"
     assert recorder.told[20][1] > 0
     assert [context.shape[1] for context in recorder.seen] == [20, 40, 60]

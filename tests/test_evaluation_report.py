@@ -4,6 +4,7 @@ import html.parser
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +33,14 @@ def cli(*arguments):
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+@pytest.fixture(scope="module")
+def point_run(point_run, tmp_path_factory):
+    """A copy of the run without the tests that other modules made of it."""
+    runs = tmp_path_factory.mktemp("runs")
+    shutil.copytree(point_run[3], runs, dirs_exist_ok=True, ignore=shutil.ignore_patterns("tests", "figures"))
+    return [*point_run[:3], runs]
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +145,15 @@ def test_what_does_not_exist_is_a_dash_in_a_table():
     test = {
         "protocol": "offline", "context_size": 8, "context_unit": "transitions", "episodes": 2, "test_seed": 0,
         "summary": {"right context": {"mean": interval, "score": None}}, "task_accuracy": interval,
-        "seeds": {"0": {"quality": "mixed"}},
+        "seeds": {"0": {"quality": "mixed", "family": "half-cheetah-vel", "tasks": [3, 4]}},
     }  # fmt: skip
     row = reporting.test_row(Path("runs/x"), test)
     assert row["normalised score"] is None
     assert row["return"] == "1.00 (1 seed)"
     assert "<td>-</td>" in table([row])
+    row = reporting.test_row(Path("runs/x"), test | {"tasks_with": ["random", "mixed"]})
+    assert row["context"] == "mixed, 8 transitions, the 2 tasks with every quality"
+    assert "--matrix" in row["command"]
 
 
 def test_the_main_test_is_that_of_trainings_own_conditions():
@@ -149,9 +161,7 @@ def test_the_main_test_is_that_of_trainings_own_conditions():
         "format": TEST_FORMAT, "protocol": "offline", "context_unit": "transitions", "context_size": 32, "episodes": 5,
         "seeds": {"0": {"quality": "mixed"}, "1": {"quality": "mixed"}},
     }  # fmt: skip
-    run = SimpleNamespace(
-        settings=SimpleNamespace(context_size=32), source=SimpleNamespace(seeds=(0, 1), quality="mixed")
-    )
+    run = SimpleNamespace(settings=SimpleNamespace(context_size=32), source=SimpleNamespace(quality="mixed"))
     longest = usual | {"episodes": 20}
     others = [
         usual | {"protocol": "shift", "episodes": 99},
@@ -159,10 +169,12 @@ def test_the_main_test_is_that_of_trainings_own_conditions():
         usual | {"context_size": 8, "episodes": 99},
         usual | {"seeds": {"0": {"quality": "mixed"}}, "episodes": 99},
         usual | {"seeds": {"0": {"quality": "expert"}, "1": {"quality": "expert"}}, "episodes": 99},
+        usual | {"tasks_with": ["random", "mixed"], "episodes": 99},
         {"format": SWEEP_FORMAT},
     ]
-    assert main_test([usual, *others, longest], run) is longest
-    assert main_test(others, run) is None
+    assert main_test([usual, *others, longest], run, (0, 1)) is longest
+    assert main_test(others, run, (0, 1)) is None
+    assert main_test(others, run, (0,)) is others[3], "where seed 1 diverged"
 
 
 def test_tests_of_other_data_or_of_fewer_steps_are_not_shown(tmp_path):

@@ -12,7 +12,7 @@ from focal import FocalError, paper, reproduce
 from focal.errors import DivergedError
 from focal.evaluation import figures
 from focal.evaluation.embeddings import TaskPoints
-from focal.paper import ANT, ITEMS, POINT, VEL, WALKER, Material, compared
+from focal.paper import ANT, ITEMS, LEVELS, POINT, VEL, WALKER, Material, compared
 
 CORNERS = np.array([[1.0, 1, 1], [-1, -1, 1], [1, -1, -1]])
 
@@ -36,6 +36,7 @@ def made(monkeypatch, tmp_path):
         monkeypatch.setattr(paper, "logged", logged)
         monkeypatch.setattr(paper, "read_run", lambda run_dir: SimpleNamespace(source=source[run_dir]))
         monkeypatch.setattr(paper, "load_agent", lambda run_dir, seed: (labels[run_dir], seed))
+        monkeypatch.setattr(paper, "last_step", lambda run_dir, seed: 10)
         return Material("laptop", tmp_path, collections or {}, runs, tmp_path / "out")
 
     return SimpleNamespace(material=material, logs=logs, asked=asked)
@@ -147,25 +148,48 @@ def test_table_1_tells_trained_tasks_from_unseen_ones(made, monkeypatch):
         assert row["RMS, training tasks"].startswith(f"{rms:.2f} ")
 
 
+def test_seeds_that_diverged_before_their_first_checkpoint_are_not_drawn(made, monkeypatch):
+    item = ITEMS["figure 5a"]
+    material = made.material(item)
+    training = item.trainings[0]
+    monkeypatch.setattr(paper, "last_step", lambda run_dir, seed: 10 * seed)
+    (material.runs[training] / "seed_0").mkdir(parents=True)
+    (material.runs[training] / "seed_0" / "diverged.json").write_text('{"step": 7}')
+    assert material.trained(training) == [1]
+    assert material.agent(training) == (training.label, 1)
+    assert material.stops(training) == {"0": {"step": 7}}
+    assert material.label(training) == f"{training.label}, diverged"
+    monkeypatch.setattr(paper, "last_step", lambda run_dir, seed: 0)
+    with pytest.raises(FocalError, match="all seeds diverged before the first checkpoint"):
+        material.agent(training)
+
+
 def test_table_6_has_training_data_as_rows_and_contexts_as_columns(made, monkeypatch, make_collection):
     item = ITEMS["table 6"].restricted([POINT])
     collection = make_collection(unreached=(3,))  # the test task has no expert data
     material = made.material(item, {POINT: collection})
     trained = {run_dir: training.quality for training, run_dir in material.runs.items()}
 
-    def tested(run_dir, stores, quality, size, episodes, seed):
-        assert size is None, "contexts of the training's size"
-        return SimpleNamespace(
-            over_seeds=lambda measure, condition: f"{trained[run_dir]} {quality} {measure} {condition}"
-        )
+    def tested(run_dir, stores, qualities, size, episodes, seed):
+        assert (qualities, size) == (LEVELS, None), "contexts of the training's size"
+        return {
+            quality: SimpleNamespace(
+                over_seeds=lambda measure, condition, quality=quality: (
+                    f"{trained[run_dir]} {quality} {measure} {condition}"
+                ),
+                first=SimpleNamespace(task_indices=(3,)),
+            )
+            for quality in ("random", "medium")
+        }
 
-    monkeypatch.setattr(paper, "test_run", tested)
+    monkeypatch.setattr(paper, "matrix_row", tested)
     rows = rows_of(item.draw(item, material))
     assert [row["trained on"] for row in rows] == ["random", "medium", "expert"]
     for row in rows:
         assert row["value"] == "sparse return"
         assert row["random context"] == f"{row['trained on']} random mean right context"
         assert row["expert context"] == "no such data"
+        assert (row["zero action"], row["test tasks"]) == (f"{row['trained on']} random mean zero action", "1")
     missing = dataclasses.replace(material, runs={})
     assert {row["medium context"] for row in rows_of(item.draw(item, missing))} == {"no such data"}
 
@@ -182,10 +206,13 @@ def test_tables_2_and_3_count_the_training_data(made, make_collection):
     assert row["training and test data"] == "expert"
     (row,) = rows_of(datasets.draw(datasets, material))
     assert row["tasks, training / test"] == "3 / 1"
-    assert row["checkpoints (start:end:spacing)"] == "0:4000:1000"
-    counts = [collection.task(entry.index).counts["expert"] for entry in collection.train_tasks()]
-    assert float(row["episodes per task"]) == np.mean([count.episodes for count in counts])
-    assert float(row["transitions per task"]) == 20 * float(row["episodes per task"])
+    assert row["checkpoints (start:end:spacing)"] == "4000:4000:0", (
+        "the experts' alone, where expert data are trained on"
+    )
+    assert row["tasks with that quality"] == "3"
+    trained_on = [len(data.rows) for _, data in collection.load_training("expert")]  # held-out episodes left out
+    assert float(row["transitions per such task"]) == np.mean(trained_on)
+    assert 20 * float(row["episodes per such task"]) == np.mean(trained_on)
 
 
 def test_table_4_holds_the_settings_of_figure_3s_runs(made):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -58,6 +59,7 @@ def test_every_item_of_the_paper_is_there():
     }
     listed = cli("reproduce")
     assert all(name in listed for name in ITEMS)
+    assert [row["item"] for row in json.loads(cli("reproduce", "--json"))] == list(ITEMS)
 
 
 def test_a_figure_of_two_parts_is_both():
@@ -112,8 +114,15 @@ def test_figure_8_generates_once_and_then_uses_what_is_there(folders):
     printed = cli("reproduce", "figure", "8", *folders)
     assert "6 tasks of" in printed
     files = saved(printed, folders)
-    assert [file.suffix for file in files] == [".png", ".svg"]
+    assert [file.suffix for file in files] == [".png", ".svg", ".json"]
     check(files)
+    grounds = json.loads(files[2].read_text())
+    collection = open_collection(folders[1] / POINT)
+    assert grounds["collections"] == {
+        POINT: {"name": collection.name, "content_hash": collection.content_hash, "unlike_scale": []}
+    }
+    assert (grounds["item"], grounds["scale"], grounds["runs"]) == ("figure 8", "smoke", {})
+    assert "torch" in str(grounds["provenance"])
     first = files[1].read_bytes()
     printed = cli("reproduce", "figure", "8", "--env", "point", *folders)
     assert "6 tasks of" not in printed
@@ -128,8 +137,12 @@ def test_a_collection_of_another_scale_is_left_alone(folders, make_collection, t
     assert collection.scale == "smoke"
     other = ["--stores", tmp_path / "stores", "-o", tmp_path / "out"]
     before = (path / "dataset.json").read_bytes()
-    cli("reproduce", "figure", "8", *other, "--scale", "smoke")
+    words = ["reproduce", "figure", "8", *other, "--scale", "smoke", "--json"]
+    result = CliRunner().invoke(main, [str(word) for word in words])
     assert (path / "dataset.json").read_bytes() == before
+    assert list(json.loads(result.stdout)) == ["figure 8"]
+    assert f"note: figure 8 rests on {path}, which was not made with the settings of --scale smoke: " in result.stderr
+    assert json.loads((tmp_path / "out" / "figure_8.json").read_text())["collections"][POINT]["unlike_scale"]
 
 
 def test_what_this_version_lacks_is_named_before_anything_is_made():

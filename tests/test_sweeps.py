@@ -59,7 +59,8 @@ def swept(tasks):
         }
         for seed in (0, 1)
     }
-    return Sweep(Path("run"), SimpleNamespace(), tasks, 3, 0, points)
+    run = SimpleNamespace(source=SimpleNamespace(seeds=(0, 1)))
+    return Sweep(Path("run"), run, tasks, 3, 0, points)
 
 
 def test_summaries_are_of_the_reported_returns_over_seeds(swept):
@@ -90,12 +91,32 @@ def test_a_sweep_with_other_sizes_is_another_file(swept):
 def test_many_sizes_still_make_a_file_name(swept):
     point = swept.points[0][1]
     one, other = (
-        dataclasses.replace(swept, points={0: dict.fromkeys((*range(1, 101), last, 200), point)}).name
+        dataclasses.replace(swept, points=dict.fromkeys((0, 1), dict.fromkeys((*range(1, 101), last, 200), point))).name
         for last in (150, 151)
     )
     assert one.startswith("sweep-mixed-contexts1-to-200-102sizes-")
     assert len(one) < 100
     assert one != other, "as many sizes between the same two, but others"
+
+
+def test_a_matrix_is_of_tasks_that_have_every_quality(monkeypatch, make_collection, tmp_path):
+    collection = make_collection(tmp_path / "point", tasks=5, test=4, unreached=(2,))
+    monkeypatch.setattr(sweeps, "read_run", lambda run_dir: None)
+    monkeypatch.setattr(sweeps, "collection_of", lambda run, stores: collection)
+    monkeypatch.setattr(sweeps, "test_run", lambda *_, seeds, shared: shared)
+    levels = ("random", "medium", "expert")
+    tests = collection.test_tasks()
+    having = [{e.index for e, data in zip(tests, collection.load_context(one, tests), strict=True) if data is not None}
+              for one in levels]  # fmt: skip
+    shared = sweeps.shared_test_tasks(collection, levels)
+    assert set(shared) == set.intersection(*having)
+    assert shared
+    assert 2 not in shared
+    assert sweeps.matrix_row(tmp_path, tmp_path, levels, None, 1, 0) == dict.fromkeys(levels, levels)
+    lacking = {(1, "medium"), (3, "medium"), (4, "medium"), (2, "expert"), (1, "expert")}
+    monkeypatch.setattr(sweeps, "has_context", lambda entry, quality: (entry.index, quality) not in lacking)
+    kept = ("random", "expert")  # no task has all three, and only one has medium
+    assert sweeps.matrix_row(tmp_path, tmp_path, levels, None, 1, 0) == dict.fromkeys(kept, kept)
 
 
 def test_a_size_is_kept_if_every_task_holds_as_many(tasks, monkeypatch, tmp_path):

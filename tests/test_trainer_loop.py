@@ -408,5 +408,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
 
 
 def test_evaluations_that_are_not_finite_are_null(tmp_path: Path):
-    train(tmp_path / "run", walk_data(), with_settings(steps=2), 0, evaluate=lambda agent, step: {"x": float("nan")})
-    assert rows(tmp_path / "run", "evaluation") == [{"step": 2, "x": None}]
+    found = {"x": float("nan"), "every": [[1.5, float("inf")]]}
+    train(tmp_path / "run", walk_data(), with_settings(steps=2), 0, evaluate=lambda agent, step: found)
+    assert rows(tmp_path / "run", "evaluation") == [{"step": 2, "x": None, "every": [[1.5, None]]}]

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -36,16 +37,21 @@ class Journal:
             self._files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, name: str, step: int, values: Mapping[str, float], phase: str = "") -> None:
-        """Append a row to `name` ("metrics" or "evaluation"); a number that is not finite becomes null."""
+    def write(self, name: str, step: int, values: Mapping[str, Any], phase: str = "") -> None:
+        """Append a row to `name` ("metrics" or "evaluation"); a number that is not finite becomes null.
+
+        Lists of numbers are kept in the row and not drawn.
+        """
         row: dict[str, object] = {"step": step}
         if phase:
             row["phase"] = phase
-        row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
+        row |= {key: _finite_or_none(value) for key, value in values.items()}
         row[SECONDS] = round(time.monotonic() - self._started, 3)
         self._append(name, row)
         self.last = row if name == "metrics" else self.last
         for key, value in values.items():
+            if isinstance(value, list):
+                continue
             tag = key if name == "metrics" else f"evaluation/{key}"
             self._board.add_scalar(tag, value, step)
 
@@ -94,6 +100,13 @@ def _cut(path: Path, step: int) -> list[dict[str, object]]:
     if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
+
+
+def _finite_or_none(value: Any) -> Any:
+    """A number, or lists of them, with None for what is not finite: JSON has no name for those."""
+    if isinstance(value, list):
+        return [_finite_or_none(one) for one in value]
+    return value if math.isfinite(value) else None
 
 
 def _number(value: object) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ from .training import Progress, Training, only_process
 
 __all__ = ["Evaluate", "Progress", "RunSource", "load_agent", "train"]
 
-Evaluate = Callable[[Agent, int], Mapping[str, float]]  # (agent, step) -> results by name
+Evaluate = Callable[[Agent, int], Mapping[str, Any]]  # (agent, step) -> numbers, and lists of them, by name
 
 
 def train(

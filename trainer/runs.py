@@ -10,7 +10,7 @@ RUN/seed_0/            one trained network
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,11 @@ def seed_folder(run_dir: Path, seed: int) -> Path:
     return run_dir / f"seed_{seed}"
 
 
+def only_seeds(tested: Iterable[int], run: Run) -> str:
+    """Return what a test's file name ends in where not all seeds of the run were tested: "-only0+2"."""
+    return "" if set(tested) == set(run.source.seeds) else f"-only{'+'.join(map(str, tested))}"
+
+
 def load_agent(run_dir: Path, seed: int, device: torch.device | str = "cpu") -> Agent:
     """Rebuild the agent of one seed from its run folder alone, at its last checkpoint.
 
@@ -214,8 +219,8 @@ def _refuse_differences(path: Path, saved: dict[str, Any], found: dict[str, Any]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise FocalError(
             f"{path} is of another run: it has {names[0]}={_lookup(saved, names[0])}, this command asks for "
-            f"{_lookup(found, names[0])}{more}; use its settings, another folder (--runs OTHER), or another name: "
-            "focal-cli train ... --name OTHER"
+            f"{_lookup(found, names[0])}{more}; use its settings (--set NAME=VALUE), another --name, or another "
+            "folder: --runs OTHER"
         )
 
 

@@ -17,6 +17,7 @@ from .journal import Journal
 from .learner import Trainable
 from .replay import TaskReplay
 
+SMALLER_STEPS = "smaller steps, for example --set critic_learning_rate=1e-4 --set tau=0.002"
 DIVERGED = "diverged.json"  # in the folder of a seed whose last training was stopped: metric, value, step, bound
 Progress = Callable[[int, int, Mapping[str, float]], None]  # (step, of steps, metrics; empty between log rows)
 
@@ -107,7 +108,7 @@ class Training:
         for name, value in numbers.items():
             if not math.isfinite(value):
                 found = f"{name} became {value} at step {step}"
-                remedy = "with smaller steps, for example --set critic_learning_rate=1e-4 --set tau=0.002"
+                remedy = f"with {SMALLER_STEPS}"
             elif name == "critic/value_largest" and value > self.value_bound:
                 found = f"values diverge: {name} is {value:.3g} at step {step}, above the bound {self.value_bound:.3g}"
                 remedy = f"with {self.advice()}smaller steps, or --set value_limit=NUMBER"
