@@ -27,9 +27,9 @@ CURVE_POINTS = 200  # of a training curve; more cannot be seen
 CANVAS = 260
 INTERVALS = "Intervals are 95% over training seeds; one seed is one trained network, and a single seed has none."
 MEASURES = (
-    "Accuracy: contexts whose embedding is nearest to the mean of 20 other contexts of their own task, drawn from the "
-    "same logged transitions. ESR: share of pairs of tasks whose squared distance exceeds 2L/3, what two uniform "
-    "points of the L-dimensional cube (-1, 1) have on average. RMS: standard deviation over the K tasks, mean of the L "
+    "Accuracy: contexts whose embedding is nearest to the mean of 20 of their own task, of other logged episodes. "
+    "ESR: share of pairs of tasks whose squared distance exceeds 2L/3, what two uniform points of the L-dimensional "
+    "cube (-1, 1) have on average. RMS: standard deviation over the K tasks, mean of the L "
     "dimensions, times the square root of 2K / (K - 1); uniform points have 0.82 (paper, section 5.2.1 and Table 1). "
     "Both of the tasks' mean embeddings."
 )

@@ -138,9 +138,10 @@ def sweep_agent(agent: Agent, tasks: TestTasks, sizes: list[int], episodes: int,
     seeds, centroids = episode_seeds(seed, count * episodes), task_centroids(agent, tasks, seed)
     points = {}
     for size in sizes:
-        contexts = OfflineTransitions(size).gather(agent, tasks, envs, seed)
+        source = OfflineTransitions(size)
+        contexts = source.gather(agent, tasks, envs, seed)
         returns = task_returns(play_agent(envs, agent, contexts.embeddings, seeds), count, episodes)
-        embeddings = contexts.embeddings.reshape(count, episodes, -1)
+        embeddings = source.told_apart(agent, tasks, contexts, seed).reshape(count, episodes, -1)
         points[size] = SweepPoint(returns, nearest_centroid_accuracy(embeddings, centroids))
     envs.close()
     return points

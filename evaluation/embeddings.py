@@ -89,6 +89,34 @@ def embed_contexts(
     return agent.embed(context).cpu().numpy()
 
 
+def halves(data: Transitions) -> tuple[Transitions, Transitions]:
+    """Part a task's transitions by every second episode (a single one: in its middle), so that samples share none.
+
+    Contexts and centroids of the same few thousand transitions are alike in what these have in common by chance: on
+    Sparse-Point-Robot, whose neighbours are hard to tell apart, that raised the accuracy from 0.69 to 0.92 at contexts
+    of 1,000.
+    """
+    ends = ~data.next_action_valid
+    episode = np.cumsum(ends) - ends
+    second = episode % 2 == 1 if episode.any() else np.arange(len(episode)) >= len(episode) // 2
+    if not second.any() or second.all():  # a single transition
+        return data, data
+    return _those(data, ~second), _those(data, second)
+
+
+def _those(data: Transitions, mask: np.ndarray) -> Transitions:
+    """The transitions where `mask` (T,) is True; `rows` still point into all observations."""
+    return Transitions(
+        observations=data.observations,
+        rows=data.rows[mask],
+        actions=data.actions[mask],
+        rewards=data.rewards[mask],
+        infos={name: values[mask] for name, values in data.infos.items()},
+        terminated=data.terminated[mask],
+        next_action_valid=data.next_action_valid[mask],
+    )
+
+
 def spread(embeddings: np.ndarray) -> dict[str, float]:
     """Return `esr`, `rms` and `dimensions` of the tasks' mean embeddings, for `embeddings` (K, E, L).
 

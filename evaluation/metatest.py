@@ -21,12 +21,12 @@ from ..trainer.diagnostics import embedding_metrics
 from ..trainer.networks import TanhGaussianPolicy
 from ..trainer.policies import load_policy
 from ..trainer.replay import refuse_larger_context
-from .embeddings import embed_contexts, nearest_centroid_accuracy, spread
+from .embeddings import embed_contexts, halves, nearest_centroid_accuracy, spread
 from .statistics import normalised, scored_tasks
 
 RIGHT, WRONG, UNTRAINED, ZERO, EXPERT = "right context", "wrong context", "untrained", "zero action", "expert"
 CONDITIONS = (RIGHT, WRONG, UNTRAINED, ZERO, EXPERT)
-EPISODE_STREAM, CENTROID_STREAM = 5, 7  # children of the test seed
+EPISODE_STREAM, CENTROID_STREAM, TOLD_APART_STREAM = 5, 7, 11  # children of the test seed
 CENTROID_CONTEXTS = 20  # contexts of the training size whose mean embedding stands for a task
 
 
@@ -96,6 +96,11 @@ class ContextSource:
         """Return contexts for every episode of `envs`, K tasks times E, as `agent` embeds them."""
         raise NotImplementedError
 
+    def told_apart(self, agent: Agent, tasks: "TestTasks", contexts: Contexts, seed: int) -> np.ndarray:
+        """Return embeddings (M, L) whose contexts share no transition with those of `task_centroids`: here the gathered
+        ones, which are not from the log."""
+        return contexts.embeddings
+
     def result(self, contexts: Contexts) -> "TaskReturns | None":
         """Return the returns (K, E) where gathering the contexts gave the result; None: an episode is played after."""
         return None
@@ -117,6 +122,13 @@ class OfflineTransitions(ContextSource):
         right, wrong = (embed_contexts(agent, tasks.contexts, source, self.size, seed) for source in (own, other))
         return Contexts(right, wrong)
 
+    def told_apart(self, agent: Agent, tasks: TestTasks, contexts: Contexts, seed: int) -> np.ndarray:
+        """See `ContextSource`: as many contexts, of the half that the centroids are not of, or of all of that."""
+        data = [halves(one)[1] for one in tasks.contexts]
+        own = np.repeat(np.arange(len(data)), len(contexts.embeddings) // len(data))
+        size = min(self.size, *(len(one.rows) for one in data))
+        return embed_contexts(agent, data, own, size, seed, TOLD_APART_STREAM)
+
 
 @dataclass(frozen=True)
 class MetaTestResult:
@@ -137,12 +149,13 @@ class MetaTestResult:
     counted: np.ndarray  # (K,) bool: the task has a normalised score (statistics.scored_tasks)
     embeddings: np.ndarray = field(repr=False)  # (K, E, L) of the right contexts
     centroids: np.ndarray = field(repr=False)  # (K, L) mean embedding of each task's logged contexts
+    told_apart: np.ndarray = field(repr=False)  # (K, E, L) of contexts that share no transition with the centroids'
     context_returns: TaskReturns | None = None  # (K, E, R) of episodes that were rolled out for a context
 
     @property
     def task_accuracy(self) -> float:
-        """Share of contexts whose embedding is nearest to the centroid of their own task."""
-        return nearest_centroid_accuracy(self.embeddings, self.centroids)
+        """Share of contexts whose embedding is nearest to the centroid of their own task; they share no transition."""
+        return nearest_centroid_accuracy(self.told_apart, self.centroids)
 
     @property
     def spread(self) -> dict[str, float]:
@@ -191,6 +204,7 @@ class MetaTestResult:
             "scored": self.counted.tolist(),
             "embeddings": self.embeddings.tolist(),
             "centroids": self.centroids.tolist(),
+            "told_apart": self.told_apart.tolist(),
             "context_returns": None if self.context_returns is None else self.context_returns.to_json(),
             "conditions": {
                 name: {
@@ -279,6 +293,7 @@ def meta_test(
         counted=scored_tasks(reached, untrained_reference, expert_reference),
         embeddings=contexts.embeddings.reshape(count, episodes, -1),
         centroids=task_centroids(agent, tasks, seed),
+        told_apart=source.told_apart(agent, tasks, contexts, seed).reshape(count, episodes, -1),
         context_returns=contexts.returns,
     )
 
@@ -343,10 +358,14 @@ def read_policy(collection: Collection, stem: str) -> TanhGaussianPolicy:
 
 
 def task_centroids(agent: Agent, tasks: TestTasks, seed: int) -> np.ndarray:
-    """Return the mean embedding of contexts of the training size, or what there is, of each task's data, (K, L)."""
+    """Return the mean embedding of contexts of half of each task's data, (K, L); the other half is for those judged.
+
+    They have the training's size, or that of the data; see `halves`.
+    """
     own = np.repeat(np.arange(len(tasks.entries)), CENTROID_CONTEXTS)
-    size = min(agent.settings.context_size, *(len(context.rows) for context in tasks.contexts))
-    embeddings = embed_contexts(agent, tasks.contexts, own, size, seed, CENTROID_STREAM)
+    data = [halves(context)[0] for context in tasks.contexts]
+    size = min(agent.settings.context_size, *(len(one.rows) for one in data))
+    embeddings = embed_contexts(agent, data, own, size, seed, CENTROID_STREAM)
     return embeddings.reshape(len(tasks.entries), CENTROID_CONTEXTS, -1).mean(axis=1)
 
 

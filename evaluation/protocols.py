@@ -24,7 +24,9 @@ from ..errors import FocalError, UsageError
 from ..trainer.agent import Agent
 from ..trainer.networks import TanhGaussianPolicy
 from ..trainer.replay import TaskReplay
+from .embeddings import halves
 from .metatest import (
+    TOLD_APART_STREAM,
     Contexts,
     ContextSource,
     OfflineTransitions,
@@ -63,16 +65,27 @@ class OfflineEpisodes(ContextSource):
         """See `ContextSource`. Raises `FocalError` where a task has fewer episodes than asked for."""
         self.check(tasks)
         own, rng = task_of_episode(tasks, envs), _generator(seed, DRAW_STREAM)
-        starts = [_episode_starts(context) for context in tasks.contexts]
+        other = half_way_round(own, len(tasks.entries))
+        right, wrong = (self._draw(agent, tasks.contexts, source, self.size, rng) for source in (own, other))
+        return Contexts(right, wrong)
 
-        def draw(source: np.ndarray) -> np.ndarray:
-            steps = []
-            for k in source:
-                chosen = rng.choice(len(starts[k]) - 1, self.size, replace=False)
-                steps.append(np.concatenate([np.arange(starts[k][e], starts[k][e + 1]) for e in chosen]))
-            return embed_steps(agent, tasks.contexts, source, steps)
+    def told_apart(self, agent: Agent, tasks: TestTasks, contexts: Contexts, seed: int) -> np.ndarray:
+        """See `ContextSource`: as many contexts, of the episodes that the centroids are not of, or of all of those."""
+        data = [halves(one)[1] for one in tasks.contexts]
+        own = np.repeat(np.arange(len(data)), len(contexts.embeddings) // len(data))
+        size = min(self.size, *(len(_episode_starts(one)) - 1 for one in data))
+        return self._draw(agent, data, own, size, _generator(seed, TOLD_APART_STREAM))
 
-        return Contexts(draw(own), draw(half_way_round(own, len(tasks.entries))))
+    def _draw(
+        self, agent: Agent, data: Sequence[Transitions], source: np.ndarray, size: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Embed `size` whole episodes of `data[source[m]]` for every m, drawn without replacement."""
+        starts = [_episode_starts(one) for one in data]
+        steps = []
+        for k in source:
+            chosen = rng.choice(len(starts[k]) - 1, size, replace=False)
+            steps.append(np.concatenate([np.arange(starts[k][e], starts[k][e + 1]) for e in chosen]))
+        return embed_steps(agent, data, source, steps)
 
 
 class Shift(ContextSource):

@@ -17,12 +17,14 @@ from focal.evaluation.metatest import (
     UNTRAINED,
     WRONG,
     ZERO,
+    Contexts,
     TaskReturns,
     half_way_round,
     play_agent,
     reference_returns,
     task_centroids,
 )
+from focal.evaluation.protocols import context_source
 from focal.trainer.diagnostics import embedding_metrics
 from focal.trainer.networks import TanhGaussianPolicy
 from focal.trainer.policies import save_policy
@@ -188,12 +190,39 @@ class Sampler(GoalReader):
         return context[..., 4:].sum(dim=1)
 
 
-def test_centroids_are_of_other_contexts_than_those_tested(tasks):
-    own = np.repeat(np.arange(TASKS), 20)
-    tested = embed_contexts(Sampler(), tasks.contexts, own, Sampler.settings.context_size, seed=0)
-    centroids = task_centroids(Sampler(), tasks, seed=0)
-    assert centroids.shape == (TASKS, 1)
-    assert (centroids[:, 0] != tested.reshape(TASKS, 20).mean(axis=1)).all()
+class Listener(GoalReader):
+    """Keeps every transition that it embeds."""
+
+    settings = dataclasses.replace(GoalReader.settings, latent_dim=2)
+
+    def __init__(self):
+        self.heard = set()
+
+    def embed(self, context):
+        self.heard |= {row.numpy().tobytes() for row in context.reshape(-1, context.shape[-1])}
+        return super().embed(context)
+
+
+@pytest.mark.parametrize("unit", ["transitions", "episodes"])
+@pytest.mark.parametrize("episodes", [4, 1])
+def test_accuracy_is_of_contexts_that_share_no_transition_with_the_centroids(make_collection, tmp_path, unit, episodes):
+    # random walks: no two steps alike
+    collection = make_collection(tmp_path / "point", tasks=3, test=2, skills=(0.0, 0.02, 0.5), episodes=episodes)
+    tasks = select_test_tasks(collection, "random")
+    first, second = Listener(), Listener()
+    centroids = task_centroids(first, tasks, seed=0)
+    assert centroids.shape == (2, 2)
+    contexts = Contexts(np.zeros((6, 2)), np.zeros((6, 2)))
+    source = context_source("offline", unit, 99, 8)  # more than there are: then of all of the half
+    judged = source.told_apart(second, tasks, contexts, seed=0)
+    assert judged.shape == (6, 2)
+    assert first.heard
+    assert second.heard
+    assert not first.heard & second.heard
+    again = [row.tobytes() for task in tasks.contexts for row in task.actions]
+    assert len(set(again)) == len(again)
+    if unit == "episodes":
+        assert len(second.heard) == sum(len(task.rows) for task in tasks.contexts) // 2
 
 
 class TestEmbedTasks:
