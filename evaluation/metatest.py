@@ -329,7 +329,8 @@ def play_agent(
     generator: torch.Generator | None = None,
 ) -> Rollouts:  # fmt: skip
     """Roll the policy out, one embedding (M, L) per episode: deterministic, or with `generator` stochastic."""
-    calls, noise = itertools.count(), {} if generator is None else {"deterministic": False, "generator": generator}
+    calls = itertools.count()
+    noise: dict[str, Any] = {} if generator is None else {"deterministic": False, "generator": generator}
 
     def act(observations: np.ndarray) -> np.ndarray:
         return agent.act(observations[:, None], embeddings, at_reset=next(calls) == 0, **noise)[:, 0]
