@@ -62,7 +62,7 @@ from .trainer.settings import TrainSettings
 from .trainer.training import DIVERGED, SMALLER_STEPS
 from .workers import available_cores, run_jobs
 
-TEST_FORMAT = "focal-test/1"
+TEST_FORMAT = "focal-test/2"  # 1: accuracy with centroids of the same transitions
 MEASURES = ("mean", "dense_mean", "score", "share_of_optimum")  # of a condition, methods of `MetaTestResult`
 QUICK_EPISODES, QUICK_SEED = 2, 1_000_003  # of the meta-tests during training; another seed than `focal-cli test`'s
 

@@ -172,7 +172,7 @@ def task_scores(document: Mapping[str, Any]) -> tuple[list[str], dict[str, np.nd
     Both are empty where no task has one.
     """
     seeds = list(document["seeds"].values())
-    counted = np.array(seeds[0]["scored" if "scored" in seeds[0] else "expert_passed"], bool)  # the latter: older files
+    counted = np.array(seeds[0]["scored"], bool)
     scores = {}
     for condition in (CONDITIONS[0], CONDITIONS[1], CONDITIONS[-1]):
         rows = [seed["conditions"].get(condition, {}).get("task_scores") for seed in seeds]

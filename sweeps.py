@@ -21,7 +21,7 @@ from .provenance import provenance
 from .trainer.agent import Agent
 from .trainer.runs import Run, load_agent, only_seeds, read_run
 
-SWEEP_FORMAT = "focal-sweep/1"
+SWEEP_FORMAT = "focal-sweep/2"  # 1: accuracy with centroids of the same transitions
 _LONGEST = 100  # characters of sizes in a file name, of which a file system takes 255
 
 
