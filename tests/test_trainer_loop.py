@@ -217,7 +217,10 @@ def test_a_run_folder_refuses_another_run(whole: Path):
     with pytest.raises(UsageError, match=r"already trained to step 42 of 42; .*--resume"):
         train(whole, walk_data(), resume_settings(), 0)
     changed = dataclasses.replace(resume_settings(), tau=0.5)
-    with pytest.raises(FocalError, match=r"settings\.tau=0\.005, this command asks for 0\.5.*another --name, or another folder: --runs OTHER"):
+    with pytest.raises(
+        FocalError,
+        match=r"settings\.tau=0\.005, this command asks for 0\.5.*another --name, or another folder: --runs OTHER",
+    ):
         train(whole, walk_data(), changed, 0, resume=True)
     with pytest.raises(FocalError, match=r"content_hash=c0ffee"):
         train(whole, dataclasses.replace(walk_data(), content_hash="beef"), resume_settings(), 0, resume=True)
