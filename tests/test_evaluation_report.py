@@ -126,6 +126,20 @@ def test_its_commands_say_exactly_what_was_done(point_run):
     assert settings.to_dict(rebuilt) == tasks.collection.settings
 
 
+def test_a_run_with_a_seed_that_diverged_is_reported_without_it(point_run, tmp_path):
+    run = tmp_path / "runs" / "point"
+    shutil.copytree(point_run[3] / "point", run, ignore=shutil.ignore_patterns("tests"))
+    for checkpoint in sorted((run / "seed_1" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(checkpoint)
+    (run / "seed_1" / "diverged.json").write_text("{}")
+    path = tmp_path / "report.html"
+    cli("report", run, "--no-rollouts", "-o", path, *point_run[:2])
+    text = "\n".join(read(path.read_text()).text)
+    assert "without seed 1, whose values diverged" in text
+    assert "(1 seed)" in text
+    assert "--only-seeds 0" in text
+
+
 def test_scores_keep_their_tasks_names_where_an_expert_failed():
     seed = {"tasks": [4, 7, 9], "scored": [True, False, True],
             "conditions": {"right context": {"task_scores": [0.5, None, 0.9]}}}  # fmt: skip
