@@ -22,15 +22,23 @@ from .evaluation.metatest import RIGHT, UNTRAINED, WRONG, ZERO
 from .evaluation.run_figures import logged
 from .evaluation.statistics import difference_interval, verdict
 from .evaluation.tables import markdown
-from .experiment import PlannedRun, RunTest, TrainProgress, TrainRequest, plan_run, raise_failure, test_run, train_jobs
+from .experiment import (
+    PlannedRun,
+    RunTest,
+    TrainProgress,
+    TrainRequest,
+    divergence,
+    plan_run,
+    raise_failure,
+    test_run,
+    train_jobs,
+)
 from .files import write_json
 from .provenance import provenance
 from .settings import override, parse_assignments, to_dict
-from .trainer.files import read_json
 from .trainer.methods import train_settings
-from .trainer.runs import read_run, seed_folder
+from .trainer.runs import read_run
 from .trainer.settings import FocalSettings
-from .trainer.training import DIVERGED
 
 FORMAT = "focal-ablation/1"
 ALPHA = 10.0  # of the rows that regularise a family whose own settings do not: the point robots
@@ -245,7 +253,7 @@ def ablation_name(collection: Collection, quality: str, scale: str) -> str:
 def _plan(train: TrainRequest, scale: str, name: str, row: AblationRow) -> PlannedRun:
     words = (*row.changes, *train.assignments)
     plan = plan_run(dataclasses.replace(train, algo="focal", scale=scale, name=name, assignments=words, resume=True))
-    todo = tuple(job for job in plan.seeds if not _diverged(plan.run_dir, job.seed or 0))
+    todo = tuple(job for job in plan.seeds if not divergence(plan.run_dir, job.seed or 0))
     return dataclasses.replace(plan, seeds=todo)
 
 
@@ -254,11 +262,6 @@ def _train(planned: Mapping[str, PlannedRun], train: TrainRequest, progress: Tra
     plans = [plan for plan in planned.values() if plan.seeds]
     failures = train_jobs(plans, train.workers, progress, train.ray)
     raise_failure({key: error for key, error in failures.items() if not isinstance(error, DivergedError)}, plans)
-
-
-def _diverged(run_dir: Path, seed: int) -> dict[str, Any] | None:
-    path = seed_folder(run_dir, seed) / DIVERGED
-    return read_json(path, "delete it to train the seed again") if path.exists() else None
 
 
 def _identity(request: AblateRequest, plan: PlannedRun, collection: Collection) -> dict[str, Any]:
@@ -282,7 +285,7 @@ def _measure(
 ) -> Measured:
     """Test a trained row, with all seeds that its run has, and keep what was found."""
     run_dir, seeds = plan.run_dir, read_run(plan.run_dir).source.seeds
-    stops = {str(seed): stop for seed in seeds if (stop := _diverged(run_dir, seed)) is not None}
+    stops = {str(seed): stop for seed in seeds if (stop := divergence(run_dir, seed)) is not None}
     numbers, span = _logged_numbers(run_dir, seeds), None
     if not stops:
         tested = test_run(run_dir, request.stores, None, None, request.episodes, request.test_seed)

@@ -597,6 +597,8 @@ def test(
         pictures = swept.draw() if figures else []
     elif matrix:
         tested = matrix_row(folder, stores, QUALITIES, context_size, episodes, test_seed, seeds)
+        if not tested:
+            raise FocalError("no test task has a context of any quality; see what there is: focal-cli data list")
         documents = {name: one.to_json() for name, one in tested.items()}
         _print_result(documents, as_json, lambda: print_matrix({folder.name: tested}))
     else:

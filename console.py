@@ -324,6 +324,8 @@ def print_sweep(swept: Sweep) -> None:
     )
     print_table(rows, title)
     console.print("intervals: 95% over training seeds")
+    if swept.sizes[-1] > swept.largest_judged:
+        console.print(f"accuracy of larger contexts is of {swept.largest_judged} transitions, half of a task's data")
     if swept.left_out:
         listed = ", ".join(map(str, swept.left_out))
         console.print(f"sizes left out, since a test task has fewer {swept.tasks.quality} transitions: {listed}")
@@ -343,6 +345,8 @@ def print_matrix(matrix: Mapping[str, Mapping[str, RunTest]]) -> None:
     name = return_name(result.family)
     print_table(rows, f"mean {name} by training data and context, {len(result.task_indices)} test tasks")
     console.print("intervals: 95% over training seeds")
+    if lacking := [quality for quality in QUALITIES if quality not in next(iter(matrix.values()))]:
+        console.print(f"no test task has {', '.join(lacking)} contexts beside the others")
     _print_skipped(one)
 
 

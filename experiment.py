@@ -42,6 +42,7 @@ from .provenance import provenance
 from .settings import override, parse_assignments
 from .trainer.agent import Agent
 from .trainer.checkpoint import list_checkpoints
+from .trainer.files import read_json
 from .trainer.loop import train
 from .trainer.mbml import MbmlSettings
 from .trainer.mbml_first_stage import first_stage, first_stage_is_there, teachers_folder
@@ -547,6 +548,12 @@ def last_step(run_dir: Path, seed: int) -> int:
     """Return the step of a seed's last checkpoint, 0 where there is none."""
     checkpoints = list_checkpoints(seed_folder(run_dir, seed) / "checkpoints")
     return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+
+
+def divergence(run_dir: Path, seed: int) -> dict[str, Any] | None:
+    """Return what diverged.json says of a seed that was stopped: metric, value, step, bound; None where it was not."""
+    path = seed_folder(run_dir, seed) / DIVERGED
+    return read_json(path, "delete it to train the seed again") if path.exists() else None
 
 
 def tested_seeds(run_dir: Path) -> tuple[int, ...]:

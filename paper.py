@@ -8,7 +8,6 @@ are as short as `focal-cli compare` makes them, and "full length" is that.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from .evaluation.embeddings import embed_tasks, spread, spread_interval
 from .evaluation.metatest import RIGHT, ZERO
 from .evaluation.run_figures import draw_data, logged, return_name
 from .evaluation.tables import write_table
-from .experiment import RunTest, last_step
+from .experiment import RunTest, divergence, last_step
 from .settings import override, parse_assignments, to_dict
 from .sweeps import matrix_row, sweep_run
 from .trainer.methods import train_settings
@@ -106,8 +105,8 @@ class Material:
 
     def stops(self, training: Training) -> dict[str, Any]:
         """What diverged.json says of each seed of a run that was stopped."""
-        paths = {str(seed): seed_folder(self.runs[training], seed) / DIVERGED for seed in self.seeds(training)}
-        return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.exists()}
+        found = {str(seed): divergence(self.runs[training], seed) for seed in self.seeds(training)}
+        return {seed: stop for seed, stop in found.items() if stop is not None}
 
     def label(self, training: Training) -> str:
         """A run's name in legends, which says so where a seed was stopped as diverged."""

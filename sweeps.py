@@ -11,7 +11,7 @@ from .datasets.collection import has_context
 from .envs import make_batch
 from .errors import FocalError, UsageError
 from .evaluation import Interval, OfflineTransitions, TestTasks, seed_interval, share_interval
-from .evaluation.embeddings import nearest_centroid_accuracy
+from .evaluation.embeddings import halves, nearest_centroid_accuracy
 from .evaluation.figures import context_size_curve
 from .evaluation.metatest import TaskReturns, episode_seeds, play_agent, reference_returns, task_centroids, task_returns
 from .evaluation.run_figures import return_name
@@ -43,6 +43,7 @@ class Sweep:
     episodes: int
     test_seed: int
     points: dict[int, dict[int, SweepPoint]]  # by seed, then by context size
+    largest_judged: int  # accuracy of larger contexts is that of contexts of this size: half of a task's data
     left_out: tuple[int, ...] = ()  # sizes asked for that a task's data cannot fill
 
     @property
@@ -91,6 +92,7 @@ class Sweep:
             "test_seed": self.test_seed,
             "tasks": [entry.index for entry in self.tasks.entries],
             "sizes": self.sizes,
+            "accuracy_of_at_most": self.largest_judged,
             "seeds_of_run": list(self.run.source.seeds),
             "summary": {
                 measure: {str(size): dataclasses.asdict(self.over_seeds(measure, size)) for size in self.sizes}
@@ -126,7 +128,8 @@ def sweep_run(
         seed: sweep_agent(load_agent(run_dir, seed), tasks, kept, episodes, test_seed)
         for seed in seeds or run.source.seeds
     }
-    swept = Sweep(run_dir, run, tasks, episodes, test_seed, points, tuple(asked[len(kept) :]))
+    half = min(len(halves(context)[1].rows) for context in tasks.contexts)
+    swept = Sweep(run_dir, run, tasks, episodes, test_seed, points, half, tuple(asked[len(kept) :]))
     write_json(run_dir / "tests" / f"{swept.name}.json", swept.to_json())
     return swept
 
@@ -181,10 +184,12 @@ def matrix_row(
     """Meta-test a run with contexts of every quality that its test tasks have: one row of the paper's Table 6.
 
     All on the tasks that have every one of them: means of different tasks would tell tasks apart, not qualities. Where
-    no task has all, the quality that the fewest tasks have is left out, and so on.
+    no task has all, the quality that the fewest tasks have is left out, and so on; empty where no task has any.
     """
     collection = collection_of(read_run(run_dir), stores)
     found = tuple(qualities_of(collection, qualities))
+    if not found:
+        return {}
     while not shared_test_tasks(collection, found):
         found = tuple(
             one for one in found if one != min(found, key=lambda one: len(shared_test_tasks(collection, (one,))))

@@ -193,6 +193,9 @@ def test_terms_of_a_laptop_comparison():
     assert words == ("batch_size=64", "context_size=128", "context_size=64", "eval_every=1000", "steps=3000",
                      "meta_batch=8", "eval_every=250", "teachers.steps=1000",
                      "teachers.rewards.steps=2000")  # fmt: skip
+    words = ("batch_size=32", "context_size=100", "steps=5000", "eval_every=500")
+    assert equal_terms("half-cheetah-vel", "laptop", "batch-pearl") == words
+    assert equal_terms("walker-2d-params", "laptop", "contextual-bcq") == words
     networks = ("encoder_hidden=256,256,256", "control_hidden=256,256,256")
     assert equal_terms("a-new-family", "laptop", "focal") == networks
     assert equal_terms("sparse-point-robot", "paper", "focal") == ()

@@ -60,7 +60,7 @@ def swept(tasks):
         for seed in (0, 1)
     }
     run = SimpleNamespace(source=SimpleNamespace(seeds=(0, 1)))
-    return Sweep(Path("run"), run, tasks, 3, 0, points)
+    return Sweep(Path("run"), run, tasks, 3, 0, points, 100)
 
 
 def test_summaries_are_of_the_reported_returns_over_seeds(swept):
@@ -115,8 +115,11 @@ def test_a_matrix_is_of_tasks_that_have_every_quality(monkeypatch, make_collecti
     assert sweeps.matrix_row(tmp_path, tmp_path, levels, None, 1, 0) == dict.fromkeys(levels, levels)
     lacking = {(1, "medium"), (3, "medium"), (4, "medium"), (2, "expert"), (1, "expert")}
     monkeypatch.setattr(sweeps, "has_context", lambda entry, quality: (entry.index, quality) not in lacking)
+    with_none = {(e.index, one) for e in tests for one in levels}
     kept = ("random", "expert")  # no task has all three, and only one has medium
     assert sweeps.matrix_row(tmp_path, tmp_path, levels, None, 1, 0) == dict.fromkeys(kept, kept)
+    lacking |= with_none
+    assert sweeps.matrix_row(tmp_path, tmp_path, levels, None, 1, 0) == {}
 
 
 def test_a_size_is_kept_if_every_task_holds_as_many(tasks, monkeypatch, tmp_path):
@@ -127,6 +130,7 @@ def test_a_size_is_kept_if_every_task_holds_as_many(tasks, monkeypatch, tmp_path
     swept = sweep_run(tmp_path, tmp_path, None, (held + 1, held, 4, 4), 1, 0)
     assert swept.sizes == [4, held]
     assert swept.left_out == (held + 1,)
+    assert swept.largest_judged == held // 2
     assert (tmp_path / "tests" / f"{swept.name}.json").exists()
 
 
