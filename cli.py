@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .errors import FocalError, UsageError
+from .errors import FocalError, UsageError, printable
 from .settings import SCALES
 
 QUALITIES = ("random", "medium", "expert", "mixed")
@@ -34,7 +34,7 @@ class Cli(click.Group):
         except Exception as error:
             if debug:
                 raise
-            click.echo(f"focal-cli: {explain(error)}", err=True)
+            click.echo(f"focal-cli: {printable(explain(error))}", err=True)
             sys.exit(error.exit_code if isinstance(error, FocalError) else 1)
 
 

@@ -123,7 +123,9 @@ def _connect(address: str) -> Any:
     try:
         import ray
     except ImportError:
-        raise FocalError("--ray needs Ray; install it: pip install 'focal-omrl[cluster]'") from None
+        raise FocalError(
+            "--ray needs Ray; install it in the checkout: pip install -c constraints.txt -e '.[cluster]'"
+        ) from None
     host, _, port = address.rpartition(":")
     try:
         if port.isdigit() and "//" not in host:

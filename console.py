@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +16,7 @@ from rich.text import Text
 from .comparison import Comparison
 from .datagen import Progress as GenerateProgress
 from .datasets import QUALITIES, Collection, Selection
+from .errors import printable
 from .evaluation import CONDITIONS, seed_interval
 from .evaluation.metatest import RIGHT, ZERO
 from .evaluation.run_figures import context_words, return_name
@@ -27,6 +28,11 @@ console = Console() if Console().is_terminal else Console(width=160)
 
 MOST_TASKS_SHOWN = 5  # more are in --json
 MOST_BARS = 10  # of single tasks; a fleet has dozens under way
+
+
+def escape(text: str) -> str:
+    """Text that rich prints letter by letter, without markup and without what steers a terminal."""
+    return markup.escape(printable(text))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:

@@ -8,6 +8,11 @@ import difflib
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    """`text` without what steers a terminal: a stranger's file could else draw another verdict."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
 class FocalError(Exception):
     """Something outside the program is wrong (a file, a disk, a missing task); `focal-cli` exits with 1."""
 

@@ -63,7 +63,9 @@ def plan_tasks(
         if tasks_file is not None or split is not None:
             raise UsageError("the source is an export with tasks and split of its own; leave --tasks and --split out")
         return tuple(
-            ImportTask(task, _checked(family, task.exported.record.params, task.name), task.exported.record.split)
+            ImportTask(
+                task, family.checked(task.exported.record.params, f"task {task.name}"), task.exported.record.split
+            )
             for task in found
             if task.exported is not None
         )
@@ -76,7 +78,7 @@ def plan_tasks(
     for task, drawn in zip(found, splits, strict=True):
         own = said.get(task.name, {})
         params = own["params"] if "params" in own else _known_params(family, task)
-        planned.append(ImportTask(task, _checked(family, params, task.name), own.get("split", drawn)))
+        planned.append(ImportTask(task, family.checked(params, f"task {task.name}"), own.get("split", drawn)))
     return tuple(planned)
 
 
@@ -114,7 +116,7 @@ def _known_params(family: TaskFamily, task: SourceTask) -> Params:
             return _unknown(task, f"--tasks FILE, as the released tasks of {family.name} are not recoverable")
         released = family.published(family.n_train + family.n_test)
         return released[task.index] if task.index < len(released) else _unknown(task, f"index below {len(released)}")
-    return _unknown(task, '--tasks FILE with {"tasks": {"' + task.name + '": {"params": ' + _example(family) + "}}}")
+    return _unknown(task, '--tasks FILE with {"tasks": {"' + task.name + '": {"params": ' + family.example + "}}}")
 
 
 def _unknown(task: SourceTask, expected: str) -> Params:
@@ -143,32 +145,6 @@ def _from_goal(family: TaskFamily, task: SourceTask) -> Params:
     if len(goal) != count:
         raise UsageError(f"{task.name} has {len(goal)} numbers in its goal, expected {count} for {family.name}")
     return params()
-
-
-def _example(family: TaskFamily) -> str:
-    params = family.fixed_tasks[0] if family.fixed_tasks else family.draw(np.random.default_rng(0), 1)[0]
-    return str(params).replace("'", '"') if len(str(params)) < 100 else "{...}"
-
-
-def _checked(family: TaskFamily, params: Any, name: str) -> Params:
-    """Return parameters as exact floats. Raises `UsageError` unless they have the form of the family's."""
-    expected = family.draw(np.random.default_rng(0), 1)[0]
-    fits = isinstance(params, Mapping) and sorted(params) == sorted(expected)
-    if fits:
-        params = {key: _floats(params[key]) for key in expected}
-        fits = all(np.shape(params[key]) == np.shape(expected[key]) for key in expected)
-        fits = fits and all(np.isfinite(np.asarray(values, float)).all() for values in params.values())
-    if fits and family.fixed_tasks is not None:
-        fits = params in family.fixed_tasks
-    if not fits:
-        raise UsageError(f"task {name} has parameters {str(params)[:100]}, expected the form {_example(family)}")
-    return dict(params)
-
-
-def _floats(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_floats(item) for item in value]
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def _read_tasks_file(path: Path, found: Sequence[SourceTask]) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,7 @@ from typing import BinaryIO, NamedTuple
 
 from ..errors import FocalError
 from .bag import FETCH_AGAIN, MAX_FILES, MAX_NAME, check_names, check_sizes, name_fault
-from .storage import atomic_path, make_folder, reading, remove_temporaries, write_all, writing
+from .storage import atomic_path, create_locked, make_folder, reading, remove_temporaries, write_all, writing
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -118,7 +118,7 @@ def write_archive(path: Path, top: str, names: Iterable[str], read: Callable[[st
     """
     make_folder(path.parent)
     remove_temporaries(path.parent, path.name)
-    with writing(path), atomic_path(path) as temporary, open(temporary, "xb", buffering=0) as file:
+    with writing(path), atomic_path(path) as temporary, create_locked(temporary) as file:
         directory, place, count = [], 0, 0
         for name in sorted(names):
             data = read(name)

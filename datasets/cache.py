@@ -4,11 +4,13 @@
       arrays                  every array one after the other, each from a multiple of 64 bytes on
       index.json              where each one begins, its type and shape
 
-An entry is written under a temporary name, synced and renamed, so it is whole or not there. It belongs to the machine
-and the user that made it, unlike a bundle; deleting any of it is safe.
+An entry is written under a temporary name, synced and renamed, so it is whole or not there. Its arrays have the content
+hashes that its name stands for: those were computed, so that no collection can put other data in the place of one that
+is honest. It belongs to the machine and the user that made it, unlike a bundle; deleting any of it is safe.
 """
 
 import mmap
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -39,8 +41,9 @@ _ALIGNED = 64  # a cache line; also more than any type's own alignment
 def load_cached(cache: Path, entry: TaskEntry, selection: Any, read: Callable[[], Episodes | None]) -> Episodes | None:
     """Return episodes of `entry` memory-mapped read-only from `cache`, filling it from `read()` where needed.
 
-    `selection` is the dataclass that says which episodes `read()` gives; None, no such episode, is not kept. Raises
-    `FocalError` when the store is damaged, the disk is full or a cache entry is cut short.
+    `selection` is the dataclass that says which episodes `read()` gives, checked against the content hashes of `entry`;
+    None, no such episode, is not kept. Raises `FocalError` when the store is damaged, the disk is full or a cache entry
+    is cut short.
     """
     folder = cache / cache_key(entry, selection)
     if not folder.is_dir():
@@ -57,7 +60,7 @@ def load_cached(cache: Path, entry: TaskEntry, selection: Any, read: Callable[[]
 def cache_key(entry: TaskEntry, selection: Any) -> str:
     """Name of a cache entry: the same data under the same selection, wherever the collection lies."""
     conditions = {name: str(value) for name, value in asdict(selection).items()}
-    return sha256_of(canonical_json([entry.content_hash, conditions]))
+    return sha256_of(canonical_json(["checked", entry.content_hash, conditions]))
 
 
 def _write(folder: Path, episodes: Episodes) -> None:
@@ -73,16 +76,17 @@ def _write(folder: Path, episodes: Episodes) -> None:
 
 
 def _open(folder: Path) -> Episodes:
-    index = read_json(folder / "index.json")
     try:
+        index = read_json(folder / "index.json")
         with reading(folder / "arrays"), open(folder / "arrays", "rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         arrays = {name: _array(memory, **facts) for name, facts in index.items()}
         infos = {name.removeprefix(_INFO): values for name, values in arrays.items() if name.startswith(_INFO)}
         return Episodes(infos=infos, **{name: arrays[name] for name in (*_STEPS, *PER_EPISODE)})
-    except (ValueError, TypeError, KeyError) as error:
+    except (FocalError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise FocalError(
-            f"cache entry {folder} is damaged ({' '.join(str(error).split())[:100]}); delete it: rm -r {folder}"
+            f"cache entry {folder} is damaged ({reason}); delete it: rm -r {shlex.quote(str(folder))}"
         ) from error
 
 

@@ -95,6 +95,8 @@ def read_task(source: Path, task: ImportTask, facts: FamilyFacts, notes: Notes) 
     for name, values in (arrays | {f"infos/{name}": values for name, values in infos.items()}).items():
         if len(values) != len(arrays["rewards"]):
             raise FocalError(f"{path}: {name} has {len(values)} rows, expected {len(arrays['rewards'])} as in rewards")
+    if not len(arrays["rewards"]):
+        raise FocalError(f"{path} has no transitions, expected at least one; leave the file out, or get it again")
     terminals, timeouts = arrays["terminals"] != 0, arrays.get("timeouts")
     lengths = lengths_of(terminals if timeouts is None else terminals | (timeouts != 0))
     last = np.cumsum(lengths) - 1
@@ -159,6 +161,11 @@ def _without_last_steps(
         raise FocalError(
             f"{path} has episodes that terminate but no next_observations, so where they arrived is not known; "
             "expected a file with next_observations, as version 2 of D4RL's data have"
+        )
+    if int(lengths.max()) == 1:
+        raise FocalError(
+            f"{path} has episodes of one step only and no next_observations, so nothing says where a step arrived; "
+            "expected longer episodes, or a file with next_observations"
         )
     notes.add(DROPPED, len(lengths))
     kept = np.ones(len(arrays["rewards"]), bool)

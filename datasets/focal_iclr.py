@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ from .storage import read_bytes, reading
 
 MAX_FILE_BYTES = 16 * 2**20
 MAX_REPLY_BYTES = 64 * 2**20
+_MAX_ABS_MAX_BYTES = 2**20
 SECONDS_PER_FILE = 60.0
 """Wall time after which a file's reader is stopped; an episode takes some milliseconds."""
 
@@ -109,11 +111,17 @@ def _normaliser(source: Path, facts: FamilyFacts) -> Array | float:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             info = archive.getinfo("abs_max.npy")
-            if info.file_size > 2**20:
-                raise FocalError(f"{path}: abs_max of {info.file_size} bytes, expected {facts.observation_dim} numbers")
-            data = archive.read(info)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
-        raise FocalError(f"{path} holds no readable abs_max ({' '.join(str(error).split())[:80]})") from error
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise zipfile.BadZipFile("a compression that NumPy does not write")  # and zipfile does not bound
+            with archive.open(info) as member:
+                data = member.read(_MAX_ABS_MAX_BYTES + 1)
+            if len(data) > _MAX_ABS_MAX_BYTES:
+                raise zipfile.BadZipFile(f"more than {_MAX_ABS_MAX_BYTES} bytes")
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise FocalError(
+            f"{path} holds no readable abs_max ({' '.join(str(error).split())[:80]}), expected "
+            f"{facts.observation_dim} numbers; get the file again from where it was published"
+        ) from error
     scale = parse_npy(data, f"{path}: abs_max").astype("<f8").reshape(-1)
     if scale.shape != (facts.observation_dim,) or not (np.isfinite(scale) & (scale >= 0)).all():
         raise FocalError(f"{path}: abs_max is no {facts.observation_dim} numbers from 0, as this family's observations")

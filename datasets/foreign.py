@@ -135,6 +135,8 @@ def connected(where: str, observations: Array, following: Array, lengths: Array)
 
 def lengths_of(ends: Array) -> Array:
     """Return the lengths (E,) i4 of episodes whose last steps are True in `ends` (T,); the last row always ends one."""
+    if not len(ends):
+        return np.zeros(0, "<i4")
     last = np.flatnonzero(np.append(ends[:-1], True))
     return np.diff(last, prepend=-1).astype("<i4")
 
@@ -178,7 +180,7 @@ def make_episodes(
             f"{where}: an episode of {lengths.max()} steps, expected at most {facts.horizon}, the time limit of "
             f"{facts.name}; if the data were collected with another one, say so: --horizon {lengths.max()}"
         )
-    if len(actions) and not (largest := float(np.abs(actions).max())) <= 1 + 1e-5:
+    if len(actions) and not (largest := float(np.abs(actions.astype(np.float64)).max())) <= 1 + 1e-5:
         raise FocalError(
             f"{where}: actions of up to {largest:g}, expected -1 to 1 as in every family here; "
             "scale them before importing"

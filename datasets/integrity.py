@@ -1,23 +1,26 @@
 """The one integrity checker, behind `focal-cli data verify`, bundles and the tests.
 
 `open_collection` checks structure in milliseconds; this reads every byte as well: sha256 of every file, hash of every
-array, and everything that can be computed again (counts, labels, held-out draw, evaluation returns).
+array, everything that can be computed again (returns, counts, labels, held-out draw, evaluation returns, statistics),
+and that actions and episodes are within the bounds of every family.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import FocalError
 from .collection import Collection
+from .episodes import Episodes
 from .opening import open_collection
 from .sources import side_by_side
 from .storage import AGAIN
 from .store import array_hash, episodes_of, evaluation_arrays
-from .tasks import TaskEntry, count_levels, recomputed_labels, with_mixed
+from .tasks import TaskEntry, count_levels, recomputed_labels, statistics_of, with_mixed
 
 Progress = Callable[[int, int], None]
 _LABEL_ARRAYS = {"qualities": "episodes/quality", "heldout": "episodes/heldout"}
@@ -77,6 +80,7 @@ def _verify_task(entry: TaskEntry) -> None:
             )
     episodes = episodes_of(arrays)
     episodes.validate(where)
+    _check_bounds(entry, episodes)
     labels = recomputed_labels(episodes, entry.record.references, entry.rule, entry.heldout_seeds, entry.labels)
     computed = {**{_LABEL_ARRAYS[name]: values for name, values in labels.items()}, **evaluation_arrays(episodes)}
     for name, values in computed.items():
@@ -84,6 +88,50 @@ def _verify_task(entry: TaskEntry) -> None:
             raise FocalError(f"{where}: array {name} does not follow from the returns, the rule and the seed; {AGAIN}")
     if with_mixed(count_levels(episodes)) != dict(entry.counts):
         raise FocalError(f"{where}: the counts are not those of its episodes; {AGAIN}")
+    stated = entry.store.attributes.get("statistics")
+    for name, described in statistics_of(arrays).items():
+        if not _same_statistics(described, stated, name):
+            raise FocalError(f"{where}: the statistics of {name} are not those of its values; {AGAIN}")
+
+
+def _check_bounds(entry: TaskEntry, episodes: Episodes) -> None:
+    """Refuse what no episode of a family can be: other returns than its rewards add up to, actions outside [-1, 1]."""
+    where = entry.store.where
+    first = np.cumsum(episodes.lengths, dtype=np.int64) - episodes.lengths
+    sums, sizes = (
+        np.add.reduceat(values.astype(np.float64), first) for values in (episodes.rewards, np.abs(episodes.rewards))
+    )
+    wrong = np.flatnonzero(np.abs(sums - episodes.returns) > 1e-6 * (1 + sizes))  # rewards were rounded to float32
+    if len(wrong):
+        episode = wrong[0]
+        raise FocalError(
+            f"{where}: episode {episode} has return {episodes.returns[episode]:g}, expected {sums[episode]:g}, "
+            f"the sum of its rewards; {AGAIN}"
+        )
+    if not (largest := float(np.abs(episodes.actions).max())) <= 1 + 1e-5:
+        raise FocalError(f"{where}: actions of up to {largest:g}, expected -1 to 1; {AGAIN}")
+    if (longest := int(episodes.lengths.max())) > entry.record.horizon:
+        raise FocalError(
+            f"{where}: an episode of {longest} steps, expected at most {entry.record.horizon}, its horizon; {AGAIN}"
+        )
+
+
+def _same_statistics(computed: Mapping[str, Any], stated: Any, name: str) -> bool:
+    """Whether stated statistics are the computed ones, up to the order in which a machine adds."""
+    found = stated.get(name) if isinstance(stated, dict) else None
+    if not isinstance(found, dict) or sorted(found) != sorted(computed) or found["count"] != computed["count"]:
+        return False
+    scale = np.maximum(np.abs(computed["min"]), np.abs(computed["max"]))
+    for key, power in (("mean", 1), ("m2", 2), ("min", 1), ("max", 1)):
+        values = found[key]
+        if not isinstance(values, list) or len(values) != len(scale):
+            return False
+        if not all(isinstance(value, int | float) for value in values):
+            return False
+        allowed = 1e-6 * scale**power * (computed["count"] if key == "m2" else 1)
+        if not (np.abs(np.subtract(values, computed[key])) <= allowed).all():
+            return False
+    return True
 
 
 def _describe(name: str) -> str:

@@ -32,8 +32,8 @@ HEADER = "header.json"
 
 _ALLOWED = re.compile(
     r"README\.md|LICENSE\.data\.txt|dataset\.json"
-    r"|tasks/task_\d{4,6}\.zarr/([a-z0-9_]+/)*(zarr\.json|\d+)"
-    r"|policies/task_\d{4,6}/[A-Za-z0-9_-]+\.(safetensors|json)"
+    r"|tasks/task_[0-9]{4,6}\.zarr/([a-z0-9_]+/)*(zarr\.json|[0-9]+)"
+    r"|policies/task_[0-9]{4,6}/[A-Za-z0-9_-]+\.(safetensors|json)"
 )
 
 

@@ -328,7 +328,7 @@ _RETURNS = (
     "random_sparse_deterministic",
     "expert_sparse_deterministic",
 )
-_ENV_ID = r"[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+-v\d+"  # no colon: gymnasium.make would import the module before it
+_ENV_ID = r"[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+-v[0-9]+"  # no colon: gymnasium.make would import the module before it
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _LICENCE = r"[A-Za-z0-9][A-Za-z0-9.+ ()-]{0,99}"
 _VERSION = r"(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})"

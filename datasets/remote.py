@@ -188,7 +188,9 @@ def connect(url: str, create: bool = False) -> Remote:
     try:
         from obstore.store import from_url
     except ImportError:
-        raise FocalError(f"{url} needs obstore, which is not installed: pip install 'focal-omrl[s3]'") from None
+        raise FocalError(
+            f"{url} needs obstore, which is not installed; in the checkout: pip install -c constraints.txt -e '.[s3]'"
+        ) from None
     options: dict[str, Any] = {}
     if parts.scheme == "file":
         options = {"mkdir": create}

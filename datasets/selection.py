@@ -17,7 +17,7 @@ from ..errors import FocalError, UsageError, did_you_mean
 from .cache import load_cached
 from .episodes import QUALITIES, Array, Episodes, Quality
 from .sources import side_by_side
-from .tasks import Count, TaskEntry
+from .tasks import Count, TaskEntry, read_verified
 
 _CORES = os.cpu_count() or 1
 _AHEAD = 2 * _CORES  # tasks decoded ahead of the one in use: bounds the memory above what is kept
@@ -83,7 +83,9 @@ class Selection:
         def read() -> Episodes | None:
             known = entry.store.read_table() if table is None else table
             mask = self.mask(known)
-            return entry.store.read_episodes(mask, known) if mask.any() else None
+            if not mask.any():
+                return None
+            return entry.store.read_episodes(mask, known) if cache is None else read_verified(entry).select(mask)
 
         return read() if cache is None else load_cached(cache, entry, self, read)
 

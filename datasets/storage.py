@@ -1,7 +1,8 @@
 """Files that are born whole: written under a temporary name, fsynced, then renamed.
 
 A process killed anywhere leaves either the finished file or folder under its real name, or a leftover called
-`.tmp-NAME-NUMBER` that nothing reads and the next run deletes.
+`.tmp-NAME-NUMBER` that nothing reads and the next run deletes. Whoever writes one holds a lock on it, so that a run
+beside it does not take it for a leftover.
 
     tasks/.tmp-task_0003.zarr-4711/   written, every file and folder fsynced
     tasks/task_0003.zarr/             one rename later, and `tasks/` itself fsynced
@@ -9,12 +10,14 @@ A process killed anywhere leaves either the finished file or folder under its re
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,15 +67,60 @@ def new_folder(final: Path) -> Iterator[Path]:
     with writing(final):
         try:
             temporary.mkdir()
-            yield temporary
-            sync_tree(temporary)
-            os.rename(temporary, final)
+            with _open_locked(temporary) as descriptor:
+                yield temporary
+                sync_tree(temporary)
+                # Were it cleaned away, `write_file` would have made another of that name, with only the last files.
+                if not os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+                    raise FocalError(f"{temporary} was deleted while it was written; run the same command again")
+                os.rename(temporary, final)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and final.is_dir():
                 return
             raise
         sync(final.parent)
+
+
+@contextlib.contextmanager
+def create_locked(temporary: Path) -> Iterator[BinaryIO]:
+    """Create a temporary file for unbuffered writing, durable when the block ends; see `remove_temporaries`."""
+    with open(temporary, "xb", buffering=0) as file:
+        _lock(file.fileno())
+        yield file
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _open_locked(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _in_use(path: str) -> bool:
+    """Whether the writer of a temporary file or folder is alive; never where the file system has no locks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False  # a link, or gone
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def replace_file(final: Path, data: bytes) -> None:
@@ -106,11 +154,13 @@ def make_folder(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path, name: str = "") -> None:
-    """Delete what killed writers of `name` (or of anything) left directly inside `folder`."""
+    """Delete what killed writers of `name` (or of anything) left directly inside `folder`, nothing of live ones."""
     if not folder.is_dir():
         return
     pattern = re.compile(re.escape(TEMPORARY) + (rf"{re.escape(name)}-\d+" if name else ".*"))
     for entry in [entry for entry in os.scandir(folder) if pattern.fullmatch(entry.name)]:
+        if _in_use(entry.path):
+            continue
         with writing(Path(entry.path)):
             shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
@@ -149,8 +199,10 @@ def list_files(root: Path, skip: tuple[str, ...] = ()) -> dict[str, int]:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """Read a whole plain file of at most `limit` bytes, never through a symbolic link."""
-    with reading(path), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+    """Read a whole plain file of at most `limit` bytes, never through a symbolic link, nor from a pipe, which waits."""
+    with reading(path), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise FocalError(f"{path} is a pipe, a device or a folder, expected a plain file; {AGAIN}")
         data = file.read(limit + 1)
     if len(data) > limit:
         raise FocalError(f"{path} is larger than the {limit} bytes allowed there; {AGAIN}")
@@ -176,7 +228,9 @@ def canonical_json(document: Any) -> bytes:
 def parse_json(data: bytes, where: object) -> dict[str, Any]:
     """Parse a JSON object from an untrusted file: finite numbers only, bounded depth. Raises `FocalError`."""
     try:
-        document = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_finite_float)
+        document = json.loads(
+            data.decode(), parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_finite_int
+        )
         level = [document]
         for _ in range(MAX_JSON_DEPTH):
             level = [
@@ -204,6 +258,11 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a JSON number")
+
+
+def _finite_int(text: str) -> int:
+    _finite_float(text)  # who reads a number may want it as a float
+    return int(text)
 
 
 def _finite_float(text: str) -> float:

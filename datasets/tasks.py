@@ -96,11 +96,7 @@ def write_task(
         "task": record.to_json(),
         "quality": {"rule": asdict(rule), "heldout_seeds": list(heldout_seeds), "labels": labels},
         "counts": {name: asdict(count) for name, count in count_levels(episodes).items()},
-        "statistics": {
-            name: statistics(values)
-            for name, values in arrays.items()
-            if name in ("observations", "actions", "rewards") or name.startswith("infos/")
-        },
+        "statistics": statistics_of(arrays),
         "content": {name: array_hash(values) for name, values in sorted(arrays.items())},
     }
     write_store(folder, episodes, attributes, **codec)
@@ -163,6 +159,15 @@ def _counts(document: Mapping[str, Any], store: Store, where: str) -> dict[str, 
     if qualities["mixed"] != (expected := Count(store.sizes.episodes, store.sizes.steps)):
         raise FocalError(f"{where}: counts add up to {qualities['mixed']}, expected {expected}; {AGAIN}")
     return qualities
+
+
+def statistics_of(arrays: Mapping[str, Array]) -> dict[str, Any]:
+    """Return the statistics of every array of transitions by its name."""
+    return {
+        name: statistics(values)
+        for name, values in arrays.items()
+        if name in ("observations", "actions", "rewards") or name.startswith("infos/")
+    }
 
 
 def statistics(values: Array) -> dict[str, Any]:

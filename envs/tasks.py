@@ -1,7 +1,7 @@
 """Task families as data: what varies, how tasks are drawn and split, and their dimensions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -107,9 +107,39 @@ class TaskFamily:
         train, test = order[:n_train], order[n_train:]
         return TaskSet(tuple(parameters), tuple(sorted(map(int, train))), tuple(sorted(map(int, test))))
 
+    def checked(self, parameters: Any, name: str) -> TaskParameters:
+        """Return the parameters of a task called `name` as exact floats.
+
+        Raises `UsageError` unless they have the form of this family's.
+        """
+        expected = self.fixed_tasks[0] if self.fixed_tasks else self.draw(np.random.default_rng(0), 1)[0]
+        fits = isinstance(parameters, Mapping) and sorted(parameters) == sorted(expected)
+        if fits:
+            parameters = {key: _floats(parameters[key]) for key in expected}
+            fits = all(np.shape(parameters[key]) == np.shape(expected[key]) for key in expected)
+            fits = fits and all(np.isfinite(np.asarray(values, float)).all() for values in parameters.values())
+        if fits and self.fixed_tasks is not None:
+            fits = parameters in self.fixed_tasks
+        if not fits:
+            found = str(parameters)[:100]
+            raise UsageError(f"{name} has parameters {found}, expected the form {self.example}")
+        return dict(parameters)
+
+    @property
+    def example(self) -> str:
+        """Parameters of a task as a user writes them."""
+        parameters = self.fixed_tasks[0] if self.fixed_tasks else self.draw(np.random.default_rng(0), 1)[0]
+        return str(parameters).replace("'", '"') if len(str(parameters)) < 100 else "{...}"
+
     def ordered(self, indices: Sequence[int], parameters: Sequence[TaskParameters]) -> list[int]:
         """Return `indices` sorted so that neighbours are similar tasks; half-way round the list is a wrong task."""
         return [index for index, _ in sorted(zip(indices, parameters, strict=True), key=lambda p: self.order(p[1]))]
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_floats(item) for item in value]
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def stream(seed: int, *key: int) -> np.random.Generator:

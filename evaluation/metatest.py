@@ -224,10 +224,12 @@ def select_test_tasks(collection: Collection, quality: str, and_also: Sequence[s
     """Choose the test tasks that have `quality`. Context on a task also trained on comes from held-out episodes only.
 
     With `and_also` only tasks that have these qualities too, so that the results of several are of the same tasks.
-    Raises `FocalError` when none has it.
+    Raises `FocalError` when none has it, or for a task that is none of the family's.
     """
     family = get_family(collection.family)
     tests = collection.test_tasks()
+    for entry in tests:
+        family.checked(entry.record.params, f"task {entry.index} of {collection.source}")
     ordered = family.ordered([entry.index for entry in tests], [entry.record.params for entry in tests])
     entries = [next(entry for entry in tests if entry.index == index) for index in ordered]
     found = collection.load_context(quality, entries)

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from focal import FocalError
 from focal.cli import main
+from focal.datasets.opening import document_hash
 
 
 def fails(code, *arguments):
@@ -203,3 +204,18 @@ def test_a_path_that_looks_like_markup(tmp_path, make_collection):
 def test_debug_shows_the_traceback_wherever_it_stands():
     for words in (["--debug", "data", "show", "nowhere"], ["data", "show", "nowhere", "--debug"]):
         assert isinstance(CliRunner().invoke(main, words).exception, FocalError)
+
+
+def test_a_stranger_cannot_draw_on_the_terminal(stores, path):
+    """Notes and the tested expert's sentence are printed as text: no escape sequence gets through."""
+    note = "clear\x1b[2J\x1b[1;1Hsigned by alice (trusted)\x07\x9b"
+    document = json.loads((path / "dataset.json").read_text())
+    document["notes"] = [note]
+    document["document_hash"] = document_hash(document)
+    (path / "dataset.json").write_text(json.dumps(document))
+    result = CliRunner().invoke(main, ["data", "show", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "signed by alice (trusted)" in result.output
+    assert not set(result.output) & set("\x1b\x07\x9b")
+    line = fails(1, "data", "show", stores / "no\x1b[2Jthing")
+    assert line.isprintable()

@@ -87,7 +87,7 @@ def test_a_node_that_dies_half_way_changes_no_network(stores, tmp_path, two_node
 def test_without_ray_the_error_names_the_extra_and_nothing_is_begun(stores, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
     folders = ["--stores", stores, "--runs", tmp_path / "runs", "--ray", "auto"]
-    install = "--ray needs Ray; install it: pip install 'focal-omrl[cluster]'"
+    install = "--ray needs Ray; install it in the checkout: pip install -c constraints.txt -e '.[cluster]'"
     assert install in cli("compare", "--data", "mixed", "--algos", "focal", *folders, code=1)
     assert install in cli("ablate", "--data", "mixed", "--rows", "base", "--seeds", 1, *folders, code=1)
     assert not list((tmp_path / "runs").iterdir())

@@ -147,6 +147,38 @@ def test_the_first_writer_wins(tmp_path):
     assert not temporaries(tmp_path)
 
 
+def test_a_live_writer_is_no_leftover(tmp_path):
+    """A run beside cleans up what the dead left, and nothing of the living."""
+    stale = tmp_path / ".tmp-store-17"
+    stale.mkdir()
+    with storage.new_folder(tmp_path / "store") as folder:
+        storage.write_file(folder / "first", b"1")
+        storage.remove_temporaries(tmp_path, "store")
+        assert not stale.exists()
+        storage.write_file(folder / "second", b"2")
+    assert sorted(entry.name for entry in (tmp_path / "store").iterdir()) == ["first", "second"]
+    with storage.create_locked(tmp_path / ".tmp-x.zip-18") as file:
+        file.write(b"half")
+        storage.remove_temporaries(tmp_path, "x.zip")
+        assert (tmp_path / ".tmp-x.zip-18").exists()
+    storage.remove_temporaries(tmp_path, "x.zip")
+    assert not temporaries(tmp_path)
+
+
+def test_a_folder_deleted_while_it_is_written_is_not_published(tmp_path):
+    """Nobody must find the last files under the name of the whole."""
+
+    def write() -> None:
+        with storage.new_folder(tmp_path / "store") as folder:
+            storage.write_file(folder / "first", b"1")
+            shutil.rmtree(folder)
+            storage.write_file(folder / "second", b"2")
+
+    with pytest.raises(FocalError, match="was deleted while it was written; run the same command again"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
 def assert_disk_full(message: str) -> None:
     """The line a user reads."""
     assert message.startswith("disk full while writing ")

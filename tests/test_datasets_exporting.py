@@ -88,7 +88,7 @@ def varied(tmp_path_factory, make_episodes, make_record):
             walks = make_episodes(goal, skill, 6, sac_step=step, seed=index, terminate_from=4)
             ends = walks.ends.copy()
             ends[2] = End.CUT
-            write_segment(path, index, step, replace(walks, ends=ends, rewards=walks.rewards * np.float32(1 / 3)))
+            write_segment(path, index, step, replace(walks, ends=ends))
         record = make_record(index, header.split_of(index), goal, header.family, index != 2)
         seal_task(path, record, QualityRule(heldout_fraction=0.3), 3)
     return commit_collection(path, header, {"software": "this test"})

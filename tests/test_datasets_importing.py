@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+import zipfile
 from dataclasses import replace
 
 import h5py
@@ -386,6 +387,23 @@ def test_hostile_normalisers(iclr, tmp_path, abs_max, message):
     assert "holds no readable abs_max" in refused(iclr[0], "focal-iclr", tmp_path / "out")
 
 
+def test_normalisers_that_decompress_without_end(iclr, tmp_path):
+    """bz2 is refused, whatever it claims; deflate is read up to a bound; a flipped byte is an error of the file."""
+    archive, content = iclr[0] / "normalizer.npz", bytes(4 * 2**20)
+    reasons = {zipfile.ZIP_BZIP2: "a compression that NumPy does not write", zipfile.ZIP_DEFLATED: "more than"}
+    for method, reason in reasons.items():
+        with zipfile.ZipFile(archive, "w", method) as file:
+            file.writestr("abs_max.npy", content)
+        message = refused(iclr[0], "focal-iclr", tmp_path / "out")
+        assert f"holds no readable abs_max ({reason}" in message
+        assert "expected 2 numbers; get the file again" in message
+    np.savez_compressed(archive, abs_max=np.ones(2))
+    data = bytearray(archive.read_bytes())
+    data[30 + len("abs_max.npy") + 20] ^= 0xFF  # within the deflate stream, after the header of the entry
+    archive.write_bytes(data)
+    assert "holds no readable abs_max" in refused(iclr[0], "focal-iclr", tmp_path / "out")
+
+
 def test_focal_iclr_folders(iclr, tmp_path):
     source, _ = iclr
     (source / "goal_idx3").rename(source / "goal_idx..")
@@ -513,6 +531,27 @@ def test_d4rl_without_next_observations(tmp_path):
     write_d4rl(path, written, at_ends(written, [0, 1, 1]), at_ends(written, [1, 0, 0]), following=False)
     message = refused(tmp_path / "data", "d4rl", tmp_path / "b", "cheetah-vel", said)
     assert "has episodes that terminate but no next_observations" in message
+
+
+def test_d4rl_without_anything_to_learn_from(tmp_path):
+    path = tmp_path / "data" / "a.hdf5"
+    said = tasks_file(tmp_path, a_hdf5={"params": {"direction": 1}})
+    write_d4rl(path, made_up([], 27, 8))
+    assert "has no transitions, expected at least one" in refused(path, "d4rl", tmp_path / "o", "ant-dir", said)
+    ones = made_up([1, 1, 1], 27, 8)
+    write_d4rl(path, ones, np.zeros(3, bool), at_ends(ones, [1, 1, 1]), following=False)
+    message = refused(path, "d4rl", tmp_path / "o", "ant-dir", said)
+    assert "has episodes of one step only and no next_observations" in message
+
+
+def test_the_least_whole_number_is_no_action(tmp_path):
+    """|-128| is -128 in eight bits."""
+    written = made_up([200, 200], 27, 8)
+    path = tmp_path / "data" / "a.hdf5"
+    integers = replace(written, actions=np.full((400, 8), -128, "i1"))
+    write_d4rl(path, integers, at_ends(written, [0, 0]), at_ends(written, [1, 1]))
+    said = tasks_file(tmp_path, a_hdf5={"params": {"direction": 1}})
+    assert "actions of up to 128" in refused(path, "d4rl", tmp_path / "o", "ant-dir", said)
 
 
 def test_d4rl_parameters_must_be_said(tmp_path):

@@ -4,9 +4,11 @@ Accidents are done to the files alone. A hostile author signs the lie: `resign` 
 """
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,18 @@ import numpy as np
 import pytest
 from numcodecs import blosc
 
-from focal.datasets import open_collection, verify_collection
+from focal.datasets import (
+    CollectionHeader,
+    QualityRule,
+    begin_collection,
+    commit_collection,
+    open_collection,
+    seal_task,
+    verify_collection,
+    write_segment,
+)
 from focal.datasets.opening import document_hash
-from focal.datasets.storage import file_hash, list_files
+from focal.datasets.storage import file_hash, list_files, read_bytes
 from focal.errors import FocalError
 
 NEXT_COMMAND = "focal-cli bundle unpack|focal-cli data generate|delete it|focal-cli data list"
@@ -189,8 +200,12 @@ def test_what_is_no_collection_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"a": NaN}', '{"a": 1e999}', "[" * 100000, "\xff", '{"a":' * 40 + "1" + "}" * 40]
-)
+    "text",
+    [
+        "", "[]", "{", '{"a": NaN}', '{"a": 1e999}', '{"a": 1%s}' % ("0" * 400), "[" * 100000, "\xff",
+        '{"a":' * 40 + "1" + "}" * 40,
+    ],
+)  # fmt: skip
 def test_unreadable_document(path, text):
     (path / "dataset.json").write_text(text, encoding="latin-1")
     assert "dataset.json is not readable JSON" in refused(lambda: open_collection(path))
@@ -372,3 +387,69 @@ def test_verify_finds_content_that_is_not_what_was_hashed(path, name):
     (path / STORE / name / "c/0").write_bytes(frame_of(values.tobytes()))
     resign(path)
     assert f"task 1: array {name} has content hash" in refused(lambda: verify_collection(path))
+
+
+def test_actions_and_returns_and_lengths_that_no_episode_can_have(tmp_path, make_episodes, make_record):
+    """Whoever writes the lie with all its hashes: it contradicts the rewards, the action space or the horizon."""
+    walks = make_episodes((0.6, 0.8), 0.4, 6)
+    returns, actions = walks.returns.copy(), walks.actions.copy()
+    returns[4] += 10
+    actions[17, 1] = 278_861
+    lies = {
+        "episode 4 has return .*, expected .*, the sum of its rewards": replace(walks, returns=returns),
+        "actions of up to 278861, expected -1 to 1": replace(walks, actions=actions),
+        "an episode of 20 steps, expected at most 19, its horizon": walks,
+    }
+    for number, (message, episodes) in enumerate(lies.items()):
+        path = tmp_path / str(number)
+        header = CollectionHeader(
+            name="walks", family="sparse-point-robot", seed=0, tasks_from="seed", scale="smoke", settings={},
+            train=(0,), test=(),
+        )  # fmt: skip
+        begin_collection(path, header)
+        write_segment(path, 0, 0, episodes)
+        record = make_record(0, "train", (0.6, 0.8), header.family)
+        seal_task(path, replace(record, horizon=19) if episodes is walks else record, QualityRule(), 0)
+        collection = commit_collection(path, header, {})
+        with pytest.raises(FocalError, match=message):
+            verify_collection(collection)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value"),
+    [
+        ("rewards.mean", [3.0]),
+        ("rewards.m2", [0.0]),
+        ("observations.max", [9.0, 9.0]),
+        ("actions.min", ["-1", "-1"]),
+        ("actions.min", []),
+        ("rewards.count", 12),
+        ("infos/sparse_reward", {}),
+    ],
+)
+def test_verify_computes_the_statistics_again(path, dotted, value):
+    edit(
+        path / STORE / "zarr.json",
+        lambda document: set_nested(document, f"attributes.focal.statistics.{dotted}", value),
+    )
+    resign(path)
+    name = dotted.partition(".")[0]
+    assert f"task 1: the statistics of {name} are not those of its values" in refused(lambda: verify_collection(path))
+    edit(path / STORE / "zarr.json", lambda document: document["attributes"]["focal"].pop("statistics"))
+    resign(path)
+    assert "the statistics of observations are not those" in refused(lambda: verify_collection(path))
+
+
+def test_digits_of_other_scripts_are_no_task_number(path):
+    folder = path / "policies" / "task_\N{ARABIC-INDIC DIGIT ZERO}\N{ARABIC-INDIC DIGIT ZERO}00"
+    folder.mkdir(parents=True)
+    (folder / "a.json").write_text("{}")
+    resign(path)
+    assert "a.json" in refused(lambda: open_collection(path))
+
+
+def test_a_pipe_is_no_file(path):
+    (path / "README.md").unlink()
+    os.mkfifo(path / "README.md")
+    assert "not a plain file" in refused(lambda: open_collection(path))
+    assert "is a pipe, a device or a folder" in refused(lambda: read_bytes(path / "README.md", 10))

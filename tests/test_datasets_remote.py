@@ -222,7 +222,7 @@ def test_urls_that_are_none(url, words):
 
 def test_without_obstore(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore.store", None)
-    assert "pip install 'focal-omrl[s3]'" in refused(lambda: open_collection("s3://bucket/x"))
+    assert "pip install -c constraints.txt -e '.[s3]'" in refused(lambda: open_collection("s3://bucket/x"))
 
 
 # --- push and pull ---------------------------------------------------------------------------------------------------

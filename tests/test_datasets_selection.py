@@ -2,6 +2,7 @@
 
 import math
 import mmap
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from focal.datasets.opening import open_source
 from focal.datasets.sources import Folder
 from focal.datasets.tasks import write_task
 from focal.errors import FocalError, UsageError
+
+from .test_datasets_integrity import frame_of, resign
 
 
 def assert_same(left: Episodes, right: Episodes) -> None:
@@ -185,3 +188,26 @@ def test_cache_never_holds_a_damaged_store(make_collection, tmp_path):
     with pytest.raises(FocalError, match="task 0, array rewards: chunk 0 is damaged"):
         open_collection(path).load_training("mixed", tasks=[0], cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_cache_never_holds_other_data_than_its_name_says(make_collection, tmp_path):
+    """A stranger's collection that claims the hashes of an honest one must not take its place in a shared cache."""
+    honest = make_collection(tmp_path / "honest")
+    evil = Path(shutil.copytree(honest.path, tmp_path / "evil"))
+    store = honest.task(0).store
+    (evil / "tasks/task_0000.zarr/rewards/c/0").write_bytes(frame_of(np.full(store.sizes.steps, 777, "f4").tobytes()))
+    resign(evil)
+    opened = open_collection(evil)
+    assert opened.content_hash == honest.content_hash
+    with pytest.raises(FocalError, match="task 0: array rewards does not have its content hash"):
+        opened.load_training("mixed", tasks=[0], cache=tmp_path / "cache")
+    (_, found), *_ = honest.load_training("mixed", tasks=[0], cache=tmp_path / "cache")
+    assert found.rewards.max() <= 0
+
+
+def test_a_cache_entry_without_its_arrays_says_what_to_delete(collection, tmp_path):
+    collection.load_training("mixed", tasks=[0], cache=tmp_path)
+    (entry,) = tmp_path.iterdir()
+    (entry / "arrays").unlink()
+    with pytest.raises(FocalError, match=rf"cache entry .* is damaged .*delete it: rm -r .*{entry.name}"):
+        collection.load_training("mixed", tasks=[0], cache=tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from focal import FocalError
+from focal import FocalError, UsageError
 from focal.envs import get_family, make_batch
 from focal.envs.point_robot import SparsePointRobotEnv, straight_line_action, straight_line_return
 from focal.evaluation import OfflineTransitions, meta_test, quick_test, select_test_tasks
@@ -322,3 +322,11 @@ def test_reported_returns_are_sparse_where_there_are_any():
     assert TaskReturns(dense, None).reported is dense
     assert get_family("point").sparse
     assert not get_family("wind").sparse
+
+
+def test_tasks_of_no_family_are_refused(make_collection, tmp_path):
+    """Their parameters come from a file."""
+    collection = make_collection(tmp_path / "half-cheetah-vel", family="half-cheetah-vel")
+    message = r'task 3 of .* has parameters .*goal.*, expected the form \{"target_velocity": '
+    with pytest.raises(UsageError, match=message):
+        select_test_tasks(collection, "mixed")

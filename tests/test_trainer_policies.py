@@ -111,3 +111,11 @@ def test_weights_that_the_architecture_does_not_ask_for_are_refused(stem: Path):
         edited(stem, sha256=hashlib.sha256(content).hexdigest())
         with pytest.raises(FocalError, match=message):
             load_policy_file(stem)
+
+
+def test_layers_that_the_file_cannot_hold_are_refused_before_memory_is_asked_for(stem: Path):
+    architecture = json.loads(stem.with_suffix(".json").read_text())["architecture"]
+    edited(stem, architecture=architecture | {"hidden": [65_536] * 30})
+    asked = 4 * ((architecture["inputs"] + 1) * 65_536 + 29 * 65_537 * 65_536 + 2 * 65_537 * architecture["action_dim"])
+    with pytest.raises(FocalError, match=f"safetensors has [0-9]+ bytes, expected {asked} and more for its layers"):
+        load_policy_file(stem)

@@ -73,7 +73,9 @@ def export_policy(policy: TrainedPolicy, out: Path) -> list[Path]:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise FocalError(f"exporting needs {error.name}; pip install 'focal-omrl[export]'") from None
+        raise FocalError(
+            f"exporting needs {error.name}; in the checkout: pip install -c constraints.txt -e '.[export]'"
+        ) from None
     # examples to trace with; a tensor each, because the tracer takes one tensor for one input
     observations = (7, run.obs_dim)
     context = {"observations": observations, "actions": (7, run.act_dim), "rewards": (7,)}
@@ -123,5 +125,5 @@ def _compare(module: nn.Module, inputs: dict[str, Tensor], path: Path, name: str
         with torch.no_grad():
             expected = module(**{key: torch.from_numpy(array) for key, array in arrays.items()}).numpy()
         if found.shape != expected.shape or not np.allclose(found, expected, atol=_TOLERANCE):
-            raise FocalError(f"onnxruntime computes something else from {name} than torch; update both: pip install "
-                             "-U 'focal-omrl[export]'")  # fmt: skip
+            raise FocalError(f"onnxruntime computes something else from {name} than torch; install the versions "
+                             "tested, in the checkout: pip install -c constraints.txt -e '.[export]'")  # fmt: skip

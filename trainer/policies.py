@@ -6,6 +6,7 @@
 The JSON file is written last and holds the digest of the weights: a pair cut in between does not load.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,8 +56,11 @@ def load_policy(read: Callable[[str, int], bytes], where: str) -> tuple[TanhGaus
     if entry.get("format") != FORMAT:
         raise FocalError(f"{description} has format {entry.get('format')!r}, expected {FORMAT!r}; {_REMEDY}")
     _expect_keys(entry, {"format", "architecture", "sha256", "meta"}, description)
-    policy = TanhGaussianPolicy(**_check_architecture(entry["architecture"], description))
+    architecture = _check_architecture(entry["architecture"], description)
     content = read(".safetensors", _WEIGHTS_LIMIT)
+    if (asked := _parameter_bytes(architecture)) > len(content):  # before memory is asked for
+        raise FocalError(f"{weights} has {len(content)} bytes, expected {asked} and more for its layers; {_REMEDY}")
+    policy = TanhGaussianPolicy(**architecture)
     if sha256(content) != entry["sha256"]:
         name = description.rpartition("/")[2]
         raise FocalError(f"{weights} differs from the sha256 in {name}: cut or altered; {_REMEDY}")
@@ -98,6 +102,12 @@ def _expect_keys(values: Mapping[str, Any], expected: set[str], path: str) -> No
     if odd := sorted(set(values) ^ expected):
         verb = "lacks" if odd[0] in expected else "has an unknown field"
         raise FocalError(f"{path} {verb} '{odd[0]}'; {_REMEDY}")
+
+
+def _parameter_bytes(architecture: Mapping[str, Any]) -> int:
+    widths = [architecture["inputs"], *architecture["hidden"]]
+    body = sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(widths))
+    return 4 * (body + 2 * (widths[-1] + 1) * architecture["action_dim"])
 
 
 def _check_architecture(values: Any, path: str) -> dict[str, Any]:
