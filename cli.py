@@ -34,8 +34,13 @@ class Cli(click.Group):
         except Exception as error:
             if debug:
                 raise
-            click.echo(f"focal-cli: {printable(explain(error))}", err=True)
+            complain(error)
             sys.exit(error.exit_code if isinstance(error, FocalError) else 1)
+
+
+def complain(error: Exception) -> None:
+    """Print the one line of an error, which may quote a stranger's file."""
+    click.echo(f"focal-cli: {printable(explain(error))}", err=True)
 
 
 def explain(error: Exception) -> str:
@@ -184,7 +189,7 @@ def list_(stores: Path, as_json: bool) -> None:
         try:
             rows.append(collection_row(open_collection(path)))
         except FocalError as error:  # one damaged collection must not hide the others
-            click.echo(f"focal-cli: {error}", err=True)
+            complain(error)
     shown = ("path", "version", "tasks", "experts", "episodes", "transitions", "content")
     _print_rows(rows if as_json else [{name: row[name] for name in shown} for row in rows], as_json)
 

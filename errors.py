@@ -5,12 +5,19 @@ line prints it without a traceback. Our own broken invariants stay plain asserti
 """
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+_DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 def printable(text: str) -> str:
-    """`text` without what steers a terminal: a stranger's file could else draw another verdict."""
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    """`text` without what steers a terminal or turns the line round: a stranger's file could else draw a verdict."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(char) else char for char in text)
+
+
+def _steers(char: str) -> bool:
+    return (unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t") or char in _DIRECTIONS
 
 
 class FocalError(Exception):

@@ -9,6 +9,7 @@ hashes that its name stands for: those were computed, so that no collection can 
 is honest. It belongs to the machine and the user that made it, unlike a bundle; deleting any of it is safe.
 """
 
+import json
 import mmap
 import shlex
 from collections.abc import Callable
@@ -25,7 +26,6 @@ from .storage import (
     canonical_json,
     make_folder,
     new_folder,
-    read_json,
     reading,
     remove_temporaries,
     to_json,
@@ -76,18 +76,19 @@ def _write(folder: Path, episodes: Episodes) -> None:
 
 
 def _open(folder: Path) -> Episodes:
-    try:
-        index = read_json(folder / "index.json")
-        with reading(folder / "arrays"), open(folder / "arrays", "rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        arrays = {name: _array(memory, **facts) for name, facts in index.items()}
-        infos = {name.removeprefix(_INFO): values for name, values in arrays.items() if name.startswith(_INFO)}
-        return Episodes(infos=infos, **{name: arrays[name] for name in (*_STEPS, *PER_EPISODE)})
-    except (FocalError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise FocalError(
-            f"cache entry {folder} is damaged ({reason}); delete it: rm -r {shlex.quote(str(folder))}"
-        ) from error
+    with reading(folder):
+        try:
+            index = json.loads((folder / "index.json").read_text())
+            with open(folder / "arrays", "rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            arrays = {name: _array(memory, **facts) for name, facts in index.items()}
+            infos = {name.removeprefix(_INFO): values for name, values in arrays.items() if name.startswith(_INFO)}
+            return Episodes(infos=infos, **{name: arrays[name] for name in (*_STEPS, *PER_EPISODE)})
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise FocalError(
+                f"cache entry {folder} is damaged ({reason}); delete it: rm -r {shlex.quote(str(folder))}"
+            ) from error
 
 
 def _array(memory: mmap.mmap, place: int, type: str, shape: list[int]) -> Array:

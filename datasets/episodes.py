@@ -18,7 +18,7 @@ needs no copy: s' is `observations[rows + 1]`.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,9 @@ class Quality(IntEnum):
 
 QUALITIES = ("random", "medium", "expert", "mixed")
 """What a user may ask for; `mixed` is every episode, labelled or not."""
+
+LARGEST_ACTION = 1 + 1e-5
+"""Of any component, in any family: all have [-1, 1], and other software rounds."""
 
 PER_EPISODE: dict[str, np.dtype[Any]] = {
     "lengths": np.dtype("<i4"),
@@ -101,6 +104,17 @@ class Episodes:
     def num_steps(self) -> int:
         """T."""
         return len(self.rewards)
+
+    @property
+    def reward_sums(self) -> Array:
+        """(E,) f8, the sums of the stored rewards: the returns up to the rounding of rewards to float32."""
+        return _sums(self.rewards, self.lengths)
+
+    @property
+    def misstated(self) -> Array:
+        """(E,) bool, True where the return is not what the rewards add up to, even with their rounding to float32."""
+        allowed = 1e-6 * (1 + _sums(np.abs(self.rewards), self.lengths))
+        return cast(Array, np.abs(self.reward_sums - self.returns) > allowed)
 
     def validate(self, where: str = "episodes") -> None:
         """Check shapes, types, counts, finite values and enums. Raises `FocalError` naming `where` and the field."""
@@ -198,6 +212,11 @@ class Episodes:
             terminated=terminated,
             next_action_valid=next_action_valid,
         )
+
+
+def _sums(values: Array, lengths: Array) -> Array:
+    first = np.cumsum(lengths, dtype=np.int64) - lengths
+    return np.add.reduceat(values.astype(np.float64), first) if len(lengths) else np.zeros(0)
 
 
 def _inconsistent(where: str, name: str, found: str, expected: str) -> FocalError:

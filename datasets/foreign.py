@@ -8,13 +8,13 @@ source                          SourceTask  names and metadata only, so that tas
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ..errors import FocalError
-from .episodes import Array, End, Episodes
+from .episodes import LARGEST_ACTION, Array, End, Episodes
 from .quality import QualityRule
 from .records import Split, TaskRecord
 from .tasks import Labels
@@ -26,6 +26,7 @@ ADVICE = "get the data again from where they were published"
 
 TIME_LIMITS = "episodes whose time limit the source recorded as terminal, restored as truncated"
 ROUNDED = "arrays whose numbers were rounded to float32"
+RESTATED = "episodes whose return was stated otherwise than their rewards add up to, replaced by that sum"
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def make_episodes(
             f"{where}: an episode of {lengths.max()} steps, expected at most {facts.horizon}, the time limit of "
             f"{facts.name}; if the data were collected with another one, say so: --horizon {lengths.max()}"
         )
-    if len(actions) and not (largest := float(np.abs(actions.astype(np.float64)).max())) <= 1 + 1e-5:
+    if len(actions) and not (largest := float(np.abs(actions.astype("<f4")).max())) <= LARGEST_ACTION:
         raise FocalError(
             f"{where}: actions of up to {largest:g}, expected -1 to 1 as in every family here; "
             "scale them before importing"
@@ -189,7 +190,7 @@ def make_episodes(
         notes.add(ROUNDED, int((values.astype("<f4") != values).any()))
     count, first = len(lengths), np.cumsum(lengths) - lengths
     known = {
-        "returns": np.add.reduceat(rewards.astype("<f8"), first) if count else np.zeros(0),
+        "returns": np.add.reduceat(rewards.astype("<f8"), first) if count else np.zeros(0),  # before any rounding
         "qualities": np.zeros(count, np.uint8),
         "sac_steps": np.zeros(count, "<i8"),
         "seeds": np.full(count, UNKNOWN_SEED, "<i8"),
@@ -209,6 +210,9 @@ def make_episodes(
     if not count:
         raise FocalError(f"{where}: no episodes, expected at least one")
     episodes.validate(where)
+    if (wrong := episodes.misstated).any():
+        notes.add(RESTATED, int(wrong.sum()))
+        episodes = replace(episodes, returns=np.where(wrong, episodes.reward_sums, episodes.returns))
     return episodes
 
 

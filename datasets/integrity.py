@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import FocalError
 from .collection import Collection
-from .episodes import Episodes
+from .episodes import LARGEST_ACTION, Episodes
 from .opening import open_collection
 from .sources import side_by_side
 from .storage import AGAIN
@@ -97,18 +97,12 @@ def _verify_task(entry: TaskEntry) -> None:
 def _check_bounds(entry: TaskEntry, episodes: Episodes) -> None:
     """Refuse what no episode of a family can be: other returns than its rewards add up to, actions outside [-1, 1]."""
     where = entry.store.where
-    first = np.cumsum(episodes.lengths, dtype=np.int64) - episodes.lengths
-    sums, sizes = (
-        np.add.reduceat(values.astype(np.float64), first) for values in (episodes.rewards, np.abs(episodes.rewards))
-    )
-    wrong = np.flatnonzero(np.abs(sums - episodes.returns) > 1e-6 * (1 + sizes))  # rewards were rounded to float32
-    if len(wrong):
-        episode = wrong[0]
+    if len(wrong := np.flatnonzero(episodes.misstated)):
+        stated, computed = episodes.returns[wrong[0]], episodes.reward_sums[wrong[0]]
         raise FocalError(
-            f"{where}: episode {episode} has return {episodes.returns[episode]:g}, expected {sums[episode]:g}, "
-            f"the sum of its rewards; {AGAIN}"
+            f"{where}: episode {wrong[0]} has return {stated:g}, expected {computed:g}, the sum of its rewards; {AGAIN}"
         )
-    if not (largest := float(np.abs(episodes.actions).max())) <= 1 + 1e-5:
+    if not (largest := float(np.abs(episodes.actions).max())) <= LARGEST_ACTION:
         raise FocalError(f"{where}: actions of up to {largest:g}, expected -1 to 1; {AGAIN}")
     if (longest := int(episodes.lengths.max())) > entry.record.horizon:
         raise FocalError(

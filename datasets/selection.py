@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import FocalError, UsageError, did_you_mean
 from .cache import load_cached
-from .episodes import QUALITIES, Array, Episodes, Quality
+from .episodes import PER_EPISODE, QUALITIES, Array, Episodes, Quality
 from .sources import side_by_side
 from .tasks import Count, TaskEntry, read_verified
 
@@ -75,19 +75,20 @@ class Selection:
     ) -> Episodes | None:
         """Load such episodes of one task, memory-mapped from the folder `cache` if one is given; None if it has none.
 
-        `table`, its episode table, saves reading it again.
+        `table`, its episode table, saves reading it again. To fill a cache the whole task is read, and checked.
         """
         if not entry.counts[self.quality].episodes:
             return None
 
-        def read() -> Episodes | None:
-            known = entry.store.read_table() if table is None else table
-            mask = self.mask(known)
-            if not mask.any():
-                return None
-            return entry.store.read_episodes(mask, known) if cache is None else read_verified(entry).select(mask)
+        if cache is not None:
+            return load_cached(cache, entry, self, lambda: self._chosen(read_verified(entry)))
+        known = entry.store.read_table() if table is None else table
+        mask = self.mask(known)
+        return entry.store.read_episodes(mask, known) if mask.any() else None
 
-        return read() if cache is None else load_cached(cache, entry, self, read)
+    def _chosen(self, episodes: Episodes) -> Episodes | None:
+        mask = self.mask({name: getattr(episodes, name) for name in PER_EPISODE})
+        return episodes.select(mask) if mask.any() else None
 
     def load_all(
         self,

@@ -1,8 +1,9 @@
 """Files that are born whole: written under a temporary name, fsynced, then renamed.
 
 A process killed anywhere leaves either the finished file or folder under its real name, or a leftover called
-`.tmp-NAME-NUMBER` that nothing reads and the next run deletes. Whoever writes one holds a lock on it, so that a run
-beside it does not take it for a leftover.
+`.tmp-NAME-NUMBER` that nothing reads and the next run deletes. Whoever writes one here holds a lock on it, so that a
+run beside it does not take it for a leftover. (Folders on NFS cannot be locked: there, two runs that write the same
+place may still stop each other, but neither publishes a part.)
 
     tasks/.tmp-task_0003.zarr-4711/   written, every file and folder fsynced
     tasks/task_0003.zarr/             one rename later, and `tasks/` itself fsynced
@@ -71,7 +72,9 @@ def new_folder(final: Path) -> Iterator[Path]:
                 yield temporary
                 sync_tree(temporary)
                 # Were it cleaned away, `write_file` would have made another of that name, with only the last files.
-                if not os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+                if not _is_still(temporary, descriptor):
+                    if final.is_dir():
+                        raise FileExistsError(errno.EEXIST, "another run was first")
                     raise FocalError(f"{temporary} was deleted while it was written; run the same command again")
                 os.rename(temporary, final)
         except BaseException as error:
@@ -106,6 +109,13 @@ def _lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
+def _is_still(folder: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except FileNotFoundError:
+        return False
+
+
 def _in_use(path: str) -> bool:
     """Whether the writer of a temporary file or folder is alive; never where the file system has no locks."""
     try:
@@ -113,7 +123,7 @@ def _in_use(path: str) -> bool:
     except OSError:
         return False  # a link, or gone
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # all that NFS gives a reader, and enough
     except BlockingIOError:
         return True
     except OSError:
@@ -125,9 +135,8 @@ def _in_use(path: str) -> bool:
 
 def replace_file(final: Path, data: bytes) -> None:
     """Write `data` to `final` so that a reader sees the old file or the new one, never a part of it."""
-    with writing(final), atomic_path(final) as temporary:
-        temporary.unlink(missing_ok=True)  # a dead process had our pid
-        write_file(temporary, data)
+    with writing(final), atomic_path(final) as temporary, create_locked(temporary) as file:
+        write_all(file, data)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -200,13 +209,17 @@ def list_files(root: Path, skip: tuple[str, ...] = ()) -> dict[str, int]:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """Read a whole plain file of at most `limit` bytes, never through a symbolic link, nor from a pipe, which waits."""
-    with reading(path), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+    with reading(path), open(path, "rb", opener=_open_plain) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise FocalError(f"{path} is a pipe, a device or a folder, expected a plain file; {AGAIN}")
+            raise FocalError(f"{path} is a pipe or a device, expected a plain file; {AGAIN}")
         data = file.read(limit + 1)
     if len(data) > limit:
         raise FocalError(f"{path} is larger than the {limit} bytes allowed there; {AGAIN}")
     return data
+
+
+def _open_plain(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def file_hash(path: Path) -> str:

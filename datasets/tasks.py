@@ -176,15 +176,16 @@ def statistics(values: Array) -> dict[str, Any]:
     Two parts with counts n, m, means a, b and m2 p, q merge into mean a + (b - a) m / (n + m) and
     m2 p + q + (b - a)^2 n m / (n + m), so the statistics of any set of tasks need no second look at the data.
     """
-    found: dict[str, Any] = {"count": len(values), "mean": [], "m2": [], "min": [], "max": []}
-    # a column at a time and contiguous: three to eight times as fast as along the first axis of a narrow array
-    for column in np.ascontiguousarray(values.reshape(len(values), -1).T):
-        column = column.astype(np.float64)
-        mean = float(column.mean())
-        described = {"mean": mean, "m2": np.square(column - mean).sum(), "min": column.min(), "max": column.max()}
-        for name, value in described.items():
-            found[name].append(float(value))
-    return found
+    # contiguous columns: reductions are several times as fast as along the first axis of a narrow array
+    columns = np.ascontiguousarray(values.reshape(len(values), -1).T, np.float64)
+    mean = columns.mean(axis=1)
+    return {
+        "count": len(values),
+        "mean": mean.tolist(),
+        "m2": cast(Array, np.square(columns - mean[:, None]).sum(axis=1)).tolist(),
+        "min": columns.min(axis=1).tolist(),
+        "max": columns.max(axis=1).tolist(),
+    }
 
 
 def read_verified(entry: TaskEntry) -> Episodes:

@@ -1,5 +1,7 @@
 """Task families as data: what varies, how tasks are drawn and split, and their dimensions."""
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,24 +114,28 @@ class TaskFamily:
 
         Raises `UsageError` unless they have the form of this family's.
         """
-        expected = self.fixed_tasks[0] if self.fixed_tasks else self.draw(np.random.default_rng(0), 1)[0]
-        fits = isinstance(parameters, Mapping) and sorted(parameters) == sorted(expected)
-        if fits:
+        expected, fits = self._some_task, False
+        if isinstance(parameters, Mapping) and sorted(parameters) == sorted(expected):
             parameters = {key: _floats(parameters[key]) for key in expected}
-            fits = all(np.shape(parameters[key]) == np.shape(expected[key]) for key in expected)
-            fits = fits and all(np.isfinite(np.asarray(values, float)).all() for values in parameters.values())
+            with contextlib.suppress(ValueError):  # NumPy's, for lists of unequal length
+                fits = all(
+                    np.shape(values) == np.shape(expected[key]) and bool(np.isfinite(np.asarray(values, float)).all())
+                    for key, values in parameters.items()
+                )
         if fits and self.fixed_tasks is not None:
-            fits = parameters in self.fixed_tasks
+            fits = any(parameters == {key: _floats(task[key]) for key in task} for task in self.fixed_tasks)
         if not fits:
-            found = str(parameters)[:100]
-            raise UsageError(f"{name} has parameters {found}, expected the form {self.example}")
+            raise UsageError(f"{name} has parameters {str(parameters)[:100]}, expected the form {self.example}")
         return dict(parameters)
 
     @property
     def example(self) -> str:
         """Parameters of a task as a user writes them."""
-        parameters = self.fixed_tasks[0] if self.fixed_tasks else self.draw(np.random.default_rng(0), 1)[0]
-        return str(parameters).replace("'", '"') if len(str(parameters)) < 100 else "{...}"
+        return str(self._some_task).replace("'", '"') if len(str(self._some_task)) < 100 else "{...}"
+
+    @functools.cached_property
+    def _some_task(self) -> TaskParameters:
+        return self.fixed_tasks[0] if self.fixed_tasks else self.draw(np.random.default_rng(0), 1)[0]
 
     def ordered(self, indices: Sequence[int], parameters: Sequence[TaskParameters]) -> list[int]:
         """Return `indices` sorted so that neighbours are similar tasks; half-way round the list is a wrong task."""

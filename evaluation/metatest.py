@@ -15,7 +15,7 @@ import torch
 from ..datasets import Collection, TaskEntry, Transitions
 from ..datasets.collection import has_context
 from ..envs import BatchedEnvs, Rollouts, TaskFamily, get_family, make_batch, rollout
-from ..errors import FocalError
+from ..errors import FocalError, UsageError
 from ..trainer.agent import Agent
 from ..trainer.diagnostics import embedding_metrics
 from ..trainer.networks import TanhGaussianPolicy
@@ -229,7 +229,10 @@ def select_test_tasks(collection: Collection, quality: str, and_also: Sequence[s
     family = get_family(collection.family)
     tests = collection.test_tasks()
     for entry in tests:
-        family.checked(entry.record.params, f"task {entry.index} of {collection.source}")
+        try:
+            family.checked(entry.record.params, f"task {entry.index} of {collection.source}")
+        except UsageError as error:
+            raise FocalError(f"{error}; it is no collection of this family, import or generate it again") from error
     ordered = family.ordered([entry.index for entry in tests], [entry.record.params for entry in tests])
     entries = [next(entry for entry in tests if entry.index == index) for index in ordered]
     found = collection.load_context(quality, entries)

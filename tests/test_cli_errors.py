@@ -206,16 +206,26 @@ def test_debug_shows_the_traceback_wherever_it_stands():
         assert isinstance(CliRunner().invoke(main, words).exception, FocalError)
 
 
+STEERS = "\x1b[2J\x1b[1;1H\x07\x9b\u202e"
+
+
 def test_a_stranger_cannot_draw_on_the_terminal(stores, path):
-    """Notes and the tested expert's sentence are printed as text: no escape sequence gets through."""
-    note = "clear\x1b[2J\x1b[1;1Hsigned by alice (trusted)\x07\x9b"
+    """Notes, and what errors quote, are printed as text: no escape sequence gets through, and honest letters do."""
     document = json.loads((path / "dataset.json").read_text())
-    document["notes"] = [note]
+    document["notes"] = [f"clear{STEERS}signed by \u00c9milie\u3000\u7d75 (trusted)"]
     document["document_hash"] = document_hash(document)
     (path / "dataset.json").write_text(json.dumps(document))
-    result = CliRunner().invoke(main, ["data", "show", str(path)])
-    assert result.exit_code == 0, result.output
-    assert "signed by alice (trusted)" in result.output
-    assert not set(result.output) & set("\x1b\x07\x9b")
-    line = fails(1, "data", "show", stores / "no\x1b[2Jthing")
-    assert line.isprintable()
+    evil = shutil.copytree(path, stores / "evil")
+    (evil / "dataset.json").write_text(json.dumps({"format": "focal-collection/1", f"a{STEERS}": 1}))
+    evil.rename(stores / f"evil{STEERS}")
+    for code, words in (
+        (0, ["show", path]),
+        (0, ["list", "--stores", stores]),
+        (1, ["show", stores / f"no{STEERS}thing"]),
+    ):
+        # with colours, or click strips escape sequences by itself
+        result = CliRunner().invoke(main, ["data", *map(str, words)], color=True)
+        assert result.exit_code == code, result.output
+        assert not set(result.output) & set(STEERS) - set("[2J1;H"), words
+        if words[0] == "show" and not code:
+            assert "signed by \u00c9milie\u3000\u7d75 (trusted)" in result.output

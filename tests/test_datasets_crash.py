@@ -147,7 +147,7 @@ def test_the_first_writer_wins(tmp_path):
     assert not temporaries(tmp_path)
 
 
-def test_a_live_writer_is_no_leftover(tmp_path):
+def test_a_live_writer_is_no_leftover(tmp_path, monkeypatch):
     """A run beside cleans up what the dead left, and nothing of the living."""
     stale = tmp_path / ".tmp-store-17"
     stale.mkdir()
@@ -164,19 +164,39 @@ def test_a_live_writer_is_no_leftover(tmp_path):
     storage.remove_temporaries(tmp_path, "x.zip")
     assert not temporaries(tmp_path)
 
+    writes = storage.write_all
 
-def test_a_folder_deleted_while_it_is_written_is_not_published(tmp_path):
-    """Nobody must find the last files under the name of the whole."""
+    def cleaned_beside(file, data):
+        storage.remove_temporaries(tmp_path)
+        writes(file, data)
+
+    monkeypatch.setattr(storage, "write_all", cleaned_beside)
+    storage.replace_file(tmp_path / "dataset.json", b"{}")
+    assert (tmp_path / "dataset.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("more", [True, False])
+@pytest.mark.parametrize("published", [True, False])
+def test_a_folder_deleted_while_it_is_written_is_not_published(tmp_path, more, published):
+    """Nobody must find the last files under the name of the whole. Where another run has published, that one counts."""
+    final = tmp_path / "store"
 
     def write() -> None:
-        with storage.new_folder(tmp_path / "store") as folder:
+        with storage.new_folder(final) as folder:
             storage.write_file(folder / "first", b"1")
             shutil.rmtree(folder)
-            storage.write_file(folder / "second", b"2")
+            if more:
+                storage.write_file(folder / "second", b"2")
+            if published:
+                storage.write_file(final / "theirs", b"3")
 
-    with pytest.raises(FocalError, match="was deleted while it was written; run the same command again"):
+    if published:
         write()
-    assert list(tmp_path.iterdir()) == []
+        assert [entry.name for entry in final.iterdir()] == ["theirs"]
+    else:
+        with pytest.raises(FocalError, match="was deleted while it was written; run the same command again"):
+            write()
+    assert not temporaries(tmp_path)
 
 
 def assert_disk_full(message: str) -> None:

@@ -24,7 +24,7 @@ from focal.datasets import (
     write_segment,
 )
 from focal.datasets.exporting import export_collection
-from focal.datasets.foreign import FamilyFacts, ImportTask
+from focal.datasets.foreign import RESTATED, FamilyFacts, ImportTask
 from focal.datasets.importing import ImportRequest, import_collection, list_tasks
 from focal.datasets.store import episode_arrays
 from focal.errors import DiskFullError, FocalError, UsageError
@@ -103,6 +103,17 @@ def test_round_trip_is_exact(form, varied, tmp_path):
     verify_collection(tmp_path / "back")
     assert back.derived_from == ({"name": varied.name, "version": "1.0.0", "content_hash": varied.content_hash},)
     assert not back.header.notes, "nothing is lost, so there is nothing to say"
+
+
+def test_rewards_changed_outside_give_other_returns(varied, tmp_path):
+    """What was edited after the export imports as data that verify, and the card says so."""
+    export_collection(varied, "d4rl", tmp_path / "out")
+    with h5py.File(tmp_path / "out" / "task_0000.hdf5", "r+") as file:
+        file["rewards"][:] = file["rewards"][:] / 2
+    back = import_collection(request_of(tmp_path / "out", "d4rl", tmp_path / "back"))
+    verify_collection(back)
+    assert np.allclose(back.load(0).returns, varied.load(0).returns / 2, atol=1e-5)
+    assert f"{RESTATED}: {varied.load(0).num_episodes}" in back.header.notes
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -328,5 +328,19 @@ def test_tasks_of_no_family_are_refused(make_collection, tmp_path):
     """Their parameters come from a file."""
     collection = make_collection(tmp_path / "half-cheetah-vel", family="half-cheetah-vel")
     message = r'task 3 of .* has parameters .*goal.*, expected the form \{"target_velocity": '
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(FocalError, match=message):
         select_test_tasks(collection, "mixed")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"goal": [1.0, [2.0]]}, {"goal": [1.0]}, {"goal": 1.0}, {"goal": [1.0, float("nan")]}, {}, {"goal": True}],
+)
+def test_parameters_of_another_form_are_refused(params):
+    family = get_family("point")
+    with pytest.raises(UsageError, match=r'task x has parameters .* expected the form \{"goal": \['):
+        family.checked(params, "task x")
+    assert family.checked({"goal": [1, 0]}, "task x") == {"goal": [1.0, 0.0]}
+    for one in map(get_family, ("wind", "cheetah-vel", "cheetah-dir", "ant-dir", "walker")):
+        tasks = one.sample_tasks(*([2, 2] if one.fixed_tasks else [3, 2])).parameters
+        assert [one.checked(task, "task x") for task in tasks] == list(tasks)
