@@ -15,6 +15,7 @@ matplotlib.use("Agg")  # no display is needed, and none may be there
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 from sklearn.manifold import TSNE
 
 from ..datasets import Collection, Selection
@@ -46,6 +47,9 @@ def return_curves(
             axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
             if log_x:
                 axis.set_xscale("log")
+                axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                axis.xaxis.set_major_formatter("{x:,.0f}")
+                axis.xaxis.set_minor_formatter(NullFormatter())  # whose labels lie on top of each other
         # a panel may lack a method that others have, so the legend is that of all
         handles = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
         _legend_below(figure, handles)

@@ -1,5 +1,6 @@
 """What a reader takes from a picture: names, colours and which episodes; read back from the SVG, where text is text."""
 
+import itertools
 import re
 from types import SimpleNamespace
 
@@ -59,6 +60,25 @@ def test_curves_are_means_with_the_interval_over_seeds(tmp_path, monkeypatch):
     corners = band.get_paths()[0].vertices
     # standard error 1 / sqrt(3) at the first step, t(0.975, 2) = 4.303
     assert corners[corners[:, 0] == 0, 1].max() == pytest.approx(2.0 + 4.302653 / np.sqrt(3), rel=1e-5)
+
+
+@pytest.mark.parametrize(("first", "last"), [(250, 4500), (5000, 600_000), (1000, 3000)])
+def test_steps_on_a_logarithmic_axis_can_be_read(tmp_path, monkeypatch, first, last):
+    labels = []
+
+    def measure(figure, path):
+        figure.draw_without_rendering()
+        axis = figure.axes[0].xaxis
+        shown = [tick.label1 for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if tick.label1.get_text()]
+        labels.extend(sorted((x.get_window_extent().x0, x.get_window_extent().x1, x.get_text()) for x in shown))
+        plt.close(figure)
+
+    monkeypatch.setattr(figures, "save", measure)
+    curves = {"FOCAL": {0: {first: 1.0, last: 2.0}}}
+    figures.return_curves(tmp_path / "x.png", {str(n): curves for n in range(3)}, ["return"] * 3, log_x=True)
+    assert {"1,000", "3,000"} <= {text for _, _, text in labels} or {"10,000", "100,000"} <= {x for _, _, x in labels}
+    for (_, end, text), (start, _, following) in itertools.pairwise(labels):
+        assert end < start, f"{text} and {following} overlap"
 
 
 def test_a_seed_that_diverged_at_once_does_not_hide_the_others(tmp_path, monkeypatch):
