@@ -101,7 +101,10 @@ def test_an_address_where_nothing_answers(tmp_path):
 
 def test_without_ray_everything_else_works(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
-    with pytest.raises(FocalError, match=r"--ray needs Ray; install it: pip install 'focal-omrl\[cluster\]'"):
+    with pytest.raises(
+        FocalError,
+        match=r"--ray needs Ray; install it in the checkout: pip install -c constraints.txt -e '.\[cluster\]'",
+    ):
         generate(dataclasses.replace(request(tmp_path / "x"), ray="auto"))
     tiny = {"n_train": 1, "n_test": 1, "checkpoints": 1, "sac": dataclasses.replace(TINY.sac, total_steps=40)}
     assert verify_collection(generate(request(tmp_path / "y", **tiny)).path).episodes == 2 * 2 * 3
