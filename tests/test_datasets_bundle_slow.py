@@ -43,21 +43,34 @@ def test_killed_at_random_moments(source, packed, tmp_path, what):
     words = {"file": ["pack", source], "folder": ["pack", source, "--folder"], "unpack": ["unpack", packed]}[what]
     command = [sys.executable, "-m", "focal.cli", "bundle", *map(str, words), "-o"]
 
-    def run(out: Path) -> float:
-        before = time.monotonic()
-        subprocess.run([*command, out], check=True, stdout=subprocess.DEVNULL)
-        return time.monotonic() - before
+    def start(folder: Path) -> subprocess.Popen:
+        folder.mkdir(exist_ok=True)
+        return subprocess.Popen([*command, folder / "made"], stdout=subprocess.DEVNULL)
+
+    def wait_for_writing(process: subprocess.Popen, folder: Path) -> float:
+        """Until its first file, or its end. Returns the time then."""
+        while not any(folder.iterdir()) and process.poll() is None:
+            time.sleep(0.001)
+        return time.monotonic()
 
     def look(path: Path) -> None:
         verify_collection(open_collection(path)) if what == "unpack" else verify_bundle(path)
 
-    seconds, moments, left = run(tmp_path / "whole"), random.Random(7), {"nothing": 0, "part": 0, "all": 0}
+    started, whole = time.monotonic(), start(tmp_path / "whole")
+    writing = wait_for_writing(whole, tmp_path / "whole")
+    assert whole.wait() == 0
+    seconds, reading = time.monotonic() - started, writing - started
+    moments, left = random.Random(7), {"nothing": 0, "part": 0, "all": 0}
     for number in range(KILLS):
         folder = tmp_path / str(number)
-        folder.mkdir()
-        process = subprocess.Popen([*command, folder / "made"], stdout=subprocess.DEVNULL)
-        try:  # the first half second is imports and reading
-            process.wait(timeout=moments.uniform(min(0.5, seconds / 2), seconds))
+        process = start(folder)
+        if number % 2:  # at any moment of it
+            delay = moments.uniform(0, seconds)
+        else:  # of its writing, whose start is seen: how long imports and reading take differs
+            wait_for_writing(process, folder)
+            delay = moments.uniform(0, seconds - reading)
+        try:
+            process.wait(timeout=delay)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -70,13 +83,13 @@ def test_killed_at_random_moments(source, packed, tmp_path, what):
                     look(entry)
         present = [entry.name for entry in folder.iterdir()]
         left["all" if "made" in present else "part" if present else "nothing"] += 1
-        run(folder / "made")
+        assert start(folder).wait() == 0
         look(folder / "made")
         assert [entry.name for entry in folder.iterdir()] == ["made"]
         if what == "file":
             assert (folder / "made").read_bytes() == packed.read_bytes()
             (folder / "made").unlink()
-    print(f"{what}: killed {KILLS} times within {seconds:.1f} s, leaving {left}")
+    print(f"{what}: killed {KILLS} times within {seconds:.1f} s, {seconds - reading:.1f} s of writing, leaving {left}")
     assert left["part"], "no kill hit the writing"
 
 
