@@ -37,7 +37,9 @@ def add_family(
             raise UsageError(f"{sorted(taken)[0]} is a family already; choose another name")
     FAMILIES[family.name] = family
     gymnasium.register(family.env_id, entry_point=env_class)
-    stage_one.add_family(family.name, {"n_train": family.n_train, "n_test": family.n_test, **(generate or {})})
+    generate = dict(generate or {})
+    sac = {"discount": family.discount, **generate.pop("sac", {})}
+    stage_one.add_family(family.name, {"n_train": family.n_train, "n_test": family.n_test, "sac": sac, **generate})
     stage_two.add_family(family.name, {"discount": family.discount, **(train or {})})
 
 

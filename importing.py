@@ -110,8 +110,6 @@ def _known_params(family: TaskFamily, task: SourceTask) -> Params:
     if task.goal:
         return _from_goal(family, task)
     if task.index is not None:
-        if family.fixed_tasks is not None:
-            return dict(_released_order(family)[task.index]) if task.index < 2 else _unknown(task, "index 0 or 1")
         if family.published is None:
             return _unknown(task, f"--tasks FILE, as the released tasks of {family.name} are not recoverable")
         released = family.published(family.n_train + family.n_test)
@@ -121,12 +119,6 @@ def _known_params(family: TaskFamily, task: SourceTask) -> Params:
 
 def _unknown(task: SourceTask, expected: str) -> Params:
     raise UsageError(f"the parameters of task {task.name} are not known, expected {expected}")
-
-
-def _released_order(family: TaskFamily) -> tuple[Params, Params]:
-    """Half-Cheetah's task 0 ran backward in the released code, Ant's forward (facts 1.4, 1.5)."""
-    forward, backward = {"direction": 1.0}, {"direction": -1.0}
-    return (forward, backward) if family.name == "ant-fwd-back" else (backward, forward)
 
 
 def _from_goal(family: TaskFamily, task: SourceTask) -> Params:

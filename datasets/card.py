@@ -69,7 +69,8 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
 def _rule(rule: QualityRule) -> str:
     return (
         "A checkpoint's score is (return - random) / (expert - random) of stochastic episodes: `random` is every "
-        f"checkpoint before the first score above {rule.random_below:g}, `medium` the one nearest "
+        f"checkpoint before the first score above {rule.random_below:g} (above "
+        f"{max(rule.random_below, rule.first_random_below):g} for the first, untrained one), `medium` the one nearest "
         f"{rule.medium_target:g} within [{rule.medium_low:g}, {rule.medium_high:g}], `expert` all from "
         f"{rule.expert_from:g}. {rule.heldout_fraction:.0%} of every checkpoint's episodes are held out from training."
     )

@@ -7,6 +7,7 @@ A checkpoint's score places its policy between the two references of its task:
     score   ... 0 ........ 0.1 ........ 0.35 ... 0.5 ... 0.65 ........ 0.9 ... 1 ...
     label   random until the      medium: the one checkpoint          expert: all
             first score above     nearest 0.5 in this window          from here on
+            (the first checkpoint itself: up to 0.35)
 
 All returns here are of stochastic rollouts of the dense reward (design.md section 5).
 """
@@ -26,7 +27,10 @@ class QualityRule:
     """Where the levels are cut; stored with every task, and `focal-cli data relabel` re-cuts with another rule."""
 
     random_below: float = 0.1
-    """Checkpoints before the first score above this are `random`."""
+    """Checkpoints before the first score above this are `random`;"""
+    first_random_below: float = 0.35
+    """the first checkpoint, though, up to this score, if it is the larger. That is the untrained policy, whose true
+    score is 0, but which chance (20 episodes on either side) places above 0.1 in a tenth of the point robots' tasks."""
     medium_target: float = 0.5
     """The checkpoint whose score is nearest to this is `medium`,"""
     medium_low: float = 0.35
@@ -45,6 +49,11 @@ class QualityRule:
             raise UsageError(
                 f"quality thresholds are {cuts}, expected random_below < medium_low <= medium_target <= medium_high "
                 "< expert_from; for example --set random_below=0.1"
+            )
+        if not -math.inf < self.first_random_below < self.expert_from:
+            raise UsageError(
+                f"first_random_below={self.first_random_below}, expected a number below expert_from="
+                f"{self.expert_from}, for example 0.35"
             )
         if not 0 <= self.heldout_fraction < 1:
             raise UsageError(
@@ -75,7 +84,9 @@ def label_checkpoints(scores: Array, rule: QualityRule, reached_expert: bool) ->
     if np.isnan(scores).any():
         labels[:1] = Quality.RANDOM
         return labels
-    above = np.flatnonzero(scores > rule.random_below)
+    cuts = np.full(len(scores), rule.random_below)
+    cuts[:1] = max(rule.random_below, rule.first_random_below)
+    above = np.flatnonzero(scores > cuts)
     labels[: above[0] if len(above) else len(scores)] = Quality.RANDOM
     window = np.flatnonzero((scores >= rule.medium_low) & (scores <= rule.medium_high))
     if len(window):

@@ -297,13 +297,18 @@ def plain(settings: Any) -> dict[str, Any]:
 
 
 def rule_from_json(document: Mapping[str, Any], where: str) -> QualityRule:
-    """Rebuild the quality rule a task was labelled with."""
+    """Rebuild the quality rule a task was labelled with.
+
+    Rules of before 2026-11-30 had no cut of its own for the first checkpoint.
+    """
     names = [item.name for item in dataclasses.fields(QualityRule)]
+    if "random_below" in document:
+        document = {"first_random_below": document["random_below"], **document}
     if sorted(document) != sorted(names):
         raise FocalError(f"{where}: quality rule has {sorted(document)}, expected {sorted(names)}; {AGAIN}")
     read = Reader({"rule": [document[name] for name in names]}, where)
     try:
-        return QualityRule(*map(float, read.items("rule", float)))
+        return QualityRule(**dict(zip(names, map(float, read.items("rule", float)), strict=True)))
     except UsageError as error:
         raise FocalError(f"{where}: {error}; {AGAIN}") from error
 

@@ -176,7 +176,7 @@ class BatchedLocomotion(BatchedEnvs):
         ]
         self._controls = [data.ctrl for data in self._data]
         self._x = np.zeros(len(tasks))  # where each was before the step
-        numbers = {k for k, v in tasks[0].items() if isinstance(v, float)} if not own_model else set()
+        numbers = [name for name, value in tasks[0].items() if isinstance(value, int | float)]
         self._parameters = {name: np.array([task[name] for task in tasks]) for name in numbers}
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads) if self._threads > 1 else None
@@ -286,11 +286,21 @@ def env_class(family: TaskFamily) -> Any:
 
 def make_batch(family: TaskFamily, tasks: Sequence[TaskParameters], threads: int | None = None) -> BatchedEnvs:
     """Return M environments stepped together. `threads` defaults to the cores this process may use."""
-    if issubclass(env_class(family), PointRobotEnv):
+    kind = env_class(family)
+    if _steps_as(kind, PointRobotEnv):
         return BatchedPointRobots(family, tasks)
-    if issubclass(env_class(family), LocomotionEnv):
+    lists = any(
+        isinstance(value, list) for value in tasks[0].values()
+    )  # of which a reward could mean a task's or an item
+    if _steps_as(kind, LocomotionEnv) and (family.varies == "transitions" or not lists):
         return BatchedLocomotion(family, tasks, threads)
     return BatchedSingles(family, tasks)
+
+
+def _steps_as(kind: Any, base: type) -> bool:
+    """Whether `kind` derives from `base` and resets and steps as it does, which is what a batch repeats."""
+    whole = ("reset", "step", "reset_model", "read_state", "do_simulation")
+    return issubclass(kind, base) and all(getattr(kind, name, None) is getattr(base, name, None) for name in whole)
 
 
 def rollout(envs: BatchedEnvs, policy: Policy, seeds: Sequence[int]) -> Rollouts:

@@ -7,28 +7,28 @@ That it must also beat the untrained policy by five standard errors is checked w
 import numpy as np
 
 from .batch import Rollouts
-from .point_robot import PointRobotWindEnv, SparsePointRobotEnv, straight_line_return, zero_action_return
+from .point_robot import PointRobotWindEnv, SparsePointRobotEnv, optimal_return, zero_action_return
 from .tasks import ExpertReport, TaskParameters
 
 
 def sparse_point_optimum(task: TaskParameters) -> float:
-    """Sparse return of going straight to the goal and staying there."""
-    return straight_line_return(SparsePointRobotEnv, task, sparse=True)
+    """Largest sparse return: going to the goal as fast as the axes allow, and staying there."""
+    return optimal_return(SparsePointRobotEnv, task, sparse=True)
 
 
 def sparse_point_expert(rollouts: Rollouts, task: TaskParameters) -> ExpertReport:
-    """Mean sparse return at least 0.8 of the straight-line optimum's."""
+    """Mean sparse return at least 0.8 of the optimum's."""
     assert rollouts.sparse_returns is not None
     share = float(rollouts.sparse_returns.mean()) / sparse_point_optimum(task)
-    return ExpertReport(share >= 0.8, f"{share:.2f} of the straight-line optimum's sparse return, needs 0.80")
+    return ExpertReport(share >= 0.8, f"{share:.2f} of the optimum's sparse return, needs 0.80")
 
 
 def wind_expert(rollouts: Rollouts, task: TaskParameters) -> ExpertReport:
-    """At least 0.8 of the way from the zero-action return to the straight-line optimum (dense returns are negative)."""
+    """At least 0.8 of the way from the zero-action return to the optimum (dense returns are negative)."""
     zero = zero_action_return(PointRobotWindEnv, task)
-    best = straight_line_return(PointRobotWindEnv, task, sparse=False)
+    best = optimal_return(PointRobotWindEnv, task, sparse=False)
     share = (float(rollouts.returns.mean()) - zero) / (best - zero)
-    return ExpertReport(share >= 0.8, f"{share:.2f} of the way from zero action to the straight line, needs 0.80")
+    return ExpertReport(share >= 0.8, f"{share:.2f} of the way from zero action to the optimum, needs 0.80")
 
 
 def velocity_expert(rollouts: Rollouts, task: TaskParameters) -> ExpertReport:

@@ -85,6 +85,8 @@ class TaskFamily:
                     f"{self.name} has exactly {len(both)} tasks, used for training and test alike; "
                     f"found {n_train} and {n_test}; leave --tasks out"
                 )
+            if source == "published" and self.published is not None:
+                return TaskSet(tuple(self.published(len(both))), both, both)
             return TaskSet(self.fixed_tasks, both, both)
         if n_train < 1 or n_test < 1:
             raise UsageError(f"found {n_train} training and {n_test} test tasks, expected at least 1 of each")

@@ -275,6 +275,17 @@ def test_hostile_task_attributes(path, dotted, value, message):
     assert message in refused(lambda: open_collection(path))
 
 
+def test_a_rule_of_before_the_first_checkpoint_had_a_cut_of_its_own(path):
+    edit(
+        path / STORE / "zarr.json",
+        lambda document: document["attributes"]["focal"]["quality"]["rule"].pop("first_random_below"),
+    )
+    resign(path)
+    collection = open_collection(path)
+    assert collection.tasks[1].rule == QualityRule(first_random_below=0.1)
+    verify_collection(collection)
+
+
 def test_consolidated_metadata_must_agree(path):
     change = "consolidated_metadata.metadata.rewards.shape"
     edit(path / STORE / "zarr.json", lambda document: set_nested(document, change, [10**9]))

@@ -16,6 +16,10 @@ NONE, RANDOM, MEDIUM, EXPERT = Quality.NONE, Quality.RANDOM, Quality.MEDIUM, Qua
         ([0.0, 0.05, 0.3, 0.52, 0.8, 0.95, 1.0], True, [RANDOM, RANDOM, NONE, MEDIUM, NONE, EXPERT, EXPERT]),
         # a later dip below 0.1 is not random again
         ([0.0, 0.2, 0.05, 0.5, 0.02, 0.9], True, [RANDOM, NONE, NONE, MEDIUM, NONE, EXPERT]),
+        # chance places the untrained policy above 0.1: random all the same, and so is what follows up to 0.1
+        ([0.3, 0.05, 0.2, 0.05], True, [RANDOM, RANDOM, NONE, NONE]),
+        # a first checkpoint that has learnt something, in data from elsewhere
+        ([0.36, 0.05, 1.0], True, [MEDIUM, NONE, EXPERT]),
         # never learnt: every score stays low
         ([0.0, -0.2, 0.1, 0.09], False, [RANDOM] * 4),
         # the expert failed its absolute test: no expert data, medium stays
@@ -38,6 +42,14 @@ def test_labels(scores, reached, expected):
 def test_labels_obey_the_rule():
     rule = QualityRule(random_below=0.2, medium_low=0.5, medium_target=0.7, medium_high=0.8, expert_from=0.95)
     assert label_checkpoints(np.array([0.15, 0.5, 0.75, 0.9, 0.95]), rule, True).tolist() == [1, 0, 2, 0, 3]
+
+
+def test_the_first_checkpoint_has_a_cut_of_its_own():
+    scores = np.array([0.15, 0.05, 0.6])
+    assert label_checkpoints(scores, QualityRule(first_random_below=0.1), True).tolist() == [0, 0, 2]
+    assert label_checkpoints(scores, QualityRule(first_random_below=-1.0), True).tolist() == [0, 0, 2], "0.1 holds"
+    with pytest.raises(UsageError, match=r"first_random_below=0\.95, expected a number below expert_from=0\.9"):
+        QualityRule(first_random_below=0.95)
 
 
 def test_scores_are_means_per_checkpoint_whatever_the_order():

@@ -1,5 +1,7 @@
 """Hand-worked rewards, ends of episodes, exact replay, and batched stepping equal to single stepping."""
 
+from dataclasses import replace
+
 import gymnasium
 import mujoco
 import numpy as np
@@ -10,8 +12,8 @@ from focal.envs.locomotion import AntFwdBackEnv, HalfCheetahVelEnv, State, Walke
 from focal.envs.point_robot import (
     PointRobotWindEnv,
     SparsePointRobotEnv,
+    optimal_return,
     sparse_reward,
-    straight_line_return,
     zero_action_return,
 )
 
@@ -59,18 +61,21 @@ def test_actions_outside_the_box_are_clipped():
     assert env.step(np.array([3.0, -7.0], np.float32))[0] == pytest.approx([0.1, -0.1])
 
 
-def test_straight_line_returns_by_hand():
+def test_optimal_returns_by_hand():
     # 9 full steps and a half one: sparse rewards 0.85 (step 8) + 0.95 + 11 times 1 while it stays
-    assert straight_line_return(SparsePointRobotEnv, {"goal": [0.95, 0.0]}, sparse=True) == pytest.approx(12.8)
+    assert optimal_return(SparsePointRobotEnv, {"goal": [0.95, 0.0]}, sparse=True) == pytest.approx(12.8)
     dense = -sum(0.9 - 0.1 * k for k in range(9))
-    assert straight_line_return(SparsePointRobotEnv, {"goal": [1.0, 0.0]}, sparse=False) == pytest.approx(dense)
+    assert optimal_return(SparsePointRobotEnv, {"goal": [1.0, 0.0]}, sparse=False) == pytest.approx(dense)
     # along the diagonal both axes move 0.1: sqrt(2) / 10 a step
-    diagonal = straight_line_return(SparsePointRobotEnv, {"goal": [0.5**0.5, 0.5**0.5]}, sparse=True)
+    diagonal = optimal_return(SparsePointRobotEnv, {"goal": [0.5**0.5, 0.5**0.5]}, sparse=True)
     # 6 steps leave 0.151, the 7th 0.010, then 13 at the goal
     first, second = 1 - 6 * 0.02**0.5, 1 - 7 * 0.02**0.5
     assert diagonal == pytest.approx((1 - first) + (1 - second) + 13)
+    # (0.35, 0.1): both axes at full speed, (0.1, 0.1) after one step; a straight line would still be at y = 0.03
+    aside = optimal_return(SparsePointRobotEnv, {"goal": [0.35, 0.1]}, sparse=True)
+    assert aside == pytest.approx(0.85 + 0.95 + 17)
     # 0.05 of tail wind: 0.15 a step; zero action drifts by itself
-    tail = straight_line_return(PointRobotWindEnv, {"wind": [0.05, 0.0]}, sparse=False)
+    tail = optimal_return(PointRobotWindEnv, {"wind": [0.05, 0.0]}, sparse=False)
     assert tail == pytest.approx(-sum(1 - 0.15 * k for k in range(1, 7)))
     assert zero_action_return(PointRobotWindEnv, {"wind": [0.0, 0.0]}) == -25.0
 
@@ -216,6 +221,47 @@ def test_batched_stepping_equals_gymnasium_bit_for_bit(name):
         assert terminated == recorded.terminated[m]
         assert (recorded.rewards[m, recorded.lengths[m] :] == 0).all()
     batch.close()
+
+
+class TurnedRobot(SparsePointRobotEnv):
+    """Steps otherwise than the class it derives from."""
+
+    def step(self, action):
+        return super().step(action[::-1])
+
+
+class Rider(HalfCheetahVelEnv):
+    """Rewarded by a parameter that is a list."""
+
+    default_task = {"targets": [0.5, 1.5]}  # noqa: RUF012
+
+    @staticmethod
+    def reward(task, velocity, action, after):
+        return -abs(velocity - task["targets"][1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "tasks"),
+    [
+        (TurnedRobot, "point", [{"goal": [0.0, 1.0]}, {"goal": [1.0, 0.0]}]),
+        (Rider, "cheetah-vel", [{"targets": [0.0, 1.0]}, {"targets": [0.0, 2.0]}]),
+    ],
+)
+def test_what_a_batch_cannot_repeat_is_stepped_one_by_one(kind, base, tasks):
+    family = replace(get_family(base), env_id=f"test/{kind.__name__}-v0", horizon=20)
+    gymnasium.register(family.env_id, entry_point=kind)
+    try:
+        actions = np.random.default_rng(0).uniform(-1, 1, (20, 2, family.act_dim)).astype(np.float32)
+        moves = iter(actions)
+        batch = make_batch(family, tasks)
+        recorded = rollout(batch, lambda observations: next(moves), seeds=[3, 4])
+        batch.close()
+        for m, task in enumerate(tasks):
+            env = gymnasium.make(family.env_id, task=task, disable_env_checker=True)
+            env.reset(seed=3 + m)
+            assert [env.step(action)[1] for action in actions[:, m]] == recorded.rewards[m].tolist()
+    finally:
+        gymnasium.registry.pop(family.env_id)
 
 
 @pytest.mark.parametrize("name", NAMES)

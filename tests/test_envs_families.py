@@ -10,7 +10,7 @@ from gymnasium.utils.env_checker import check_env
 
 from focal import UsageError
 from focal.envs import FAMILIES, Rollouts, get_family
-from focal.envs.point_robot import SparsePointRobotEnv, straight_line_return
+from focal.envs.point_robot import SparsePointRobotEnv, optimal_return
 
 NAMES = list(FAMILIES)
 
@@ -58,6 +58,11 @@ def test_published_tasks_are_the_released_ones():
     assert np.allclose(winds[:3], expected, atol=1e-6)
     goals = [task["goal"] for task in get_family("point").sample_tasks(source="published").parameters]
     assert np.allclose(goals[1], (0.999497, 0.031728), atol=1e-6)
+    directions = {
+        name: get_family(name).sample_tasks(source="published").parameters for name in ("cheetah-dir", "ant-dir")
+    }
+    assert [task["direction"] for task in directions["cheetah-dir"]] == [-1.0, 1.0], "facts 1.4"
+    assert [task["direction"] for task in directions["ant-dir"]] == [1.0, -1.0]
     with pytest.raises(UsageError, match="not recoverable; use --tasks-from seed"):
         get_family("walker").sample_tasks(source="published")
 
@@ -123,7 +128,7 @@ def test_absolute_expert_tests_by_hand():
     assert not report.reached
     assert "mean speed 1.40 m/s and full horizon in 50%" in report.measured
     goal = {"goal": [1.0, 0.0]}
-    best = straight_line_return(SparsePointRobotEnv, goal, sparse=True)
+    best = optimal_return(SparsePointRobotEnv, goal, sparse=True)
     sparse = np.zeros((1, 20))
     sparse[0, 0] = 0.81 * best
     assert get_family("point").passes_expert_test(episodes(sparse, [20], [False], sparse), goal).reached

@@ -8,7 +8,7 @@ import torch
 
 from focal import FocalError, UsageError
 from focal.envs import get_family, make_batch
-from focal.envs.point_robot import SparsePointRobotEnv, straight_line_action, straight_line_return
+from focal.envs.point_robot import SparsePointRobotEnv, optimal_action, optimal_return
 from focal.evaluation import OfflineTransitions, meta_test, quick_test, select_test_tasks
 from focal.evaluation.embeddings import embed_contexts, embed_tasks
 from focal.evaluation.metatest import (
@@ -35,7 +35,7 @@ TASKS, EPISODES = 6, 3
 
 
 class GoalReader:
-    """An oracle with an agent's interface: it reads the goal out of the context and walks straight to it.
+    """An oracle with an agent's interface: it reads the goal out of the context and walks to it.
 
     A dense reward is minus the distance to the goal; three circles around the context's positions give the goal.
     """
@@ -53,7 +53,7 @@ class GoalReader:
         return torch.linalg.lstsq(matrix, (square[:, 1:] - square[:, :1]).unsqueeze(-1)).solution.squeeze(-1)
 
     def act(self, observations, embeddings, at_reset=False):
-        return straight_line_action(observations.astype(float), embeddings[:, None], np.zeros(2)).astype(np.float32)
+        return optimal_action(observations.astype(float), embeddings[:, None], np.zeros(2)).astype(np.float32)
 
 
 class Idle(GoalReader):
@@ -81,7 +81,7 @@ def result(tasks):
 
 def test_the_right_context_gives_the_optimum_and_the_wrong_one_another_tasks_goal(tasks, result):
     goals = [np.array(entry.record.params["goal"]) for entry in tasks.entries]
-    best = np.array([straight_line_return(SparsePointRobotEnv, {"goal": goal.tolist()}, sparse=True) for goal in goals])
+    best = np.array([optimal_return(SparsePointRobotEnv, {"goal": goal.tolist()}, sparse=True) for goal in goals])
     right = result.conditions[RIGHT]
     assert right.sparse.shape == right.dense.shape == (TASKS, EPISODES)
     assert right.sparse == pytest.approx(np.repeat(best[:, None], EPISODES, axis=1), abs=1.0)

@@ -11,7 +11,7 @@ import torch
 from focal import FocalError, UsageError
 from focal.datasets import Transitions
 from focal.envs import get_family, make_batch, rollout
-from focal.envs.point_robot import straight_line_action
+from focal.envs.point_robot import optimal_action
 from focal.evaluation import OfflineTransitions, context_source, meta_test, metatest, protocols, select_test_tasks
 from focal.evaluation.metatest import RIGHT, WRONG, ZERO, episode_seeds, play_agent, play_experts
 from focal.evaluation.protocols import (
@@ -67,7 +67,7 @@ class GoalReader(Recorder):
     def act(self, observations, embeddings, deterministic=True, generator=None, at_reset=False):
         if not deterministic:
             return super().act(observations, embeddings, deterministic, generator)
-        return straight_line_action(observations.astype(float), embeddings[:, None], np.zeros(2)).astype(np.float32)
+        return optimal_action(observations.astype(float), embeddings[:, None], np.zeros(2)).astype(np.float32)
 
 
 def constant_policy(action):
@@ -465,9 +465,7 @@ class TestAppendixC:
         envs = make_batch(twins.family, [entry.record.params for entry in twins.entries])
         for share in np.linspace(0, 1, 11):
             target = share * goals[0] + (1 - share) * goals[1]
-            walk = rollout(
-                envs, lambda obs, to=target: straight_line_action(obs.astype(float), to, np.zeros(2)), [0, 0]
-            )
+            walk = rollout(envs, lambda obs, to=target: optimal_action(obs.astype(float), to, np.zeros(2)), [0, 0])
             assert walk.sparse_returns.min() == 0.0
         told_apart = meta_test(
             GoalReader(),

@@ -43,6 +43,7 @@ def test_a_family_is_found_drawn_and_has_settings_at_every_scale(examples):
     assert len(family.sample_tasks(seed=3).parameters) == 25
     assert generate_settings(family.name, "laptop").sac.total_steps == 3_000
     assert generate_settings(family.name, "smoke").sac.total_steps == 300
+    assert generate_settings(family.name, "laptop").sac.discount == 0.9, "the family's, for both stages"
     assert train_settings(family.name, "laptop").latent_dim == 5
     assert train_settings(family.name, "laptop").discount == 0.9
     assert train_settings(family.name, "smoke", "context-clone").steps == 60

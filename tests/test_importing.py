@@ -93,7 +93,7 @@ def test_two_tasks_have_no_split_to_choose():
     assert [task.split for task in plan_tasks("ant-dir", found)] == ["both", "both"]
     with pytest.raises(UsageError, match="leave --split out"):
         plan_tasks("ant-dir", found, split="1/1")
-    with pytest.raises(UsageError, match="expected index 0 or 1"):
+    with pytest.raises(UsageError, match="expected index below 2"):
         plan_tasks("ant-dir", (SourceTask("a", index=2),))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from focal import UsageError, sweeps
-from focal.envs.point_robot import straight_line_action
+from focal.envs.point_robot import optimal_action
 from focal.evaluation import select_test_tasks
 from focal.evaluation.metatest import TaskReturns
 from focal.sweeps import Sweep, SweepPoint, parse_sizes, sweep_agent, sweep_run
@@ -32,7 +32,7 @@ class GoalReader:
         return goal if context.shape[1] >= 4 else -torch.ones(len(context), 2, dtype=torch.double)
 
     def act(self, observations, embeddings, at_reset=False):
-        return straight_line_action(observations.astype(float), embeddings[:, None], np.zeros(2)).astype(np.float32)
+        return optimal_action(observations.astype(float), embeddings[:, None], np.zeros(2)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
