@@ -20,7 +20,7 @@ from .evaluation import Interval
 from .evaluation.embeddings import spread_interval
 from .evaluation.metatest import RIGHT, UNTRAINED, WRONG, ZERO
 from .evaluation.run_figures import logged
-from .evaluation.statistics import difference_interval, verdict
+from .evaluation.statistics import seed_interval, verdict
 from .evaluation.tables import markdown
 from .experiment import (
     PlannedRun,
@@ -370,10 +370,18 @@ def _cells(found: Measured, measured: Mapping[str, Measured]) -> dict[str, Any]:
 
 
 def _difference(found: Measured, other: Measured | None) -> str:
-    """The difference in return to the row it is against, with what it shows (design section 9)."""
+    """The difference in return to the row it is against, with what it shows (design section 9).
+
+    Seed by seed: two rows start a seed from the same weights and draws, some share its whole encoder, so they are no
+    independent trainings.
+    """
     if other is None or not found.numbers.get(RIGHT) or not other.numbers.get(RIGHT):
         return "-"
-    difference = difference_interval(found.numbers[RIGHT], other.numbers[RIGHT])
+    mine, others = (dict(zip(one.seeds, one.numbers[RIGHT], strict=True)) for one in (found, other))
+    shared = [seed for seed in found.seeds if seed in others]
+    if not shared:
+        return "-"
+    difference = seed_interval([mine[seed] - others[seed] for seed in shared])
     return f"{difference}, {verdict(difference, found.span)}" if found.span is not None else str(difference)
 
 
@@ -392,7 +400,8 @@ def ablation_page(name: str, measured: Mapping[str, Measured], known: Mapping[st
         f"## {name}",
         "",
         f"{first.identity['episodes']} test episodes a task; intervals: 95% over seeds; the difference is to the row "
-        'in column against, "not distinguishable" within 10% of (behaviour expert - untrained).',
+        "in column against, seed by seed over the seeds that both have, which start from the same weights; "
+        '"not distinguishable" within 10% of (behaviour expert - untrained).',
         "ESR and RMS of unseen tasks are of the mean of each task's test contexts, those of training tasks of one "
         "context each: read them down a column, not across.",
         f"Content hash of the data {first.identity['content_hash'][:12]}.",

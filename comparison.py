@@ -168,10 +168,12 @@ class Comparison:
         result = test.first
         where = "held-out context" if result.heldout_only else "unseen tasks"
         same = [f"{name} {result.mean(name):.2f}" for name in (ZERO, EXPERT) if name in result.conditions]
+        staged = [row.algo for row in self.rows if row.first_stage_seconds is not None]
+        shared = "".join(f"; seeds of {algo} share one first stage, its intervals leave that out" for algo in staged)
         return (
             f"{self.name}: {len(result.task_indices)} {where}, {self.protocol} protocol, contexts of "
             f"{result.context_size} {result.context_unit}, {test.episodes} episodes a task; intervals: 95% over "
-            f"{len(test.results)} seed(s); returns of {', '.join(same)}"
+            f"{len(test.results)} seed(s); returns of {', '.join(same)}{shared}"
         )
 
     def to_json(self) -> dict[str, Any]:

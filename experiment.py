@@ -161,11 +161,10 @@ class RunTest:
 
     @property
     def span(self) -> float | None:
-        """Mean of reference - untrained return over the tasks that count: what differences are judged against."""
-        counted = self.first.counted
-        if not counted.any():
+        """Mean of expert - untrained over the tasks with references: what differences, of all tasks, are judged by."""
+        if not self.first.counted.any():
             return None
-        return float((self.first.expert_reference - self.first.untrained_reference)[counted].mean())
+        return float(np.nanmean(self.first.expert_reference - self.first.untrained_reference))
 
     @property
     def accuracy(self) -> Interval:

@@ -279,7 +279,11 @@ def _as_contexts(embeddings: np.ndarray, played: Sequence[Rollouts], tasks: Test
 
 
 def _policies_of_others(tasks: TestTasks, envs: BatchedEnvs, seed: int) -> list[TanhGaussianPolicy]:
-    """One behaviour policy per episode, of another test task, at a checkpoint of the context's quality."""
+    """One behaviour policy per episode, of another test task, at a checkpoint of the context's quality.
+
+    The wrong context is one collected in another task, and there some episode's policy is the test task's own: of two
+    tasks in all episodes, of ten in a tenth.
+    """
     count, rng = len(tasks.entries), _generator(seed, POLICY_STREAM)
     if count < 2:
         raise FocalError(f"--protocol shift needs another test task, {tasks.collection.source} has 1 with such data")

@@ -116,6 +116,10 @@ def test_the_table_says_what_a_difference_shows():
     assert lines["D6"]["difference"].endswith(", not distinguishable")
     assert lines["D7"]["difference"].endswith(", undecided")
     assert lines["D1"]["difference"] == lines["base"]["difference"] == "-"
+    found["base"] = measured(rows, "base", [10.0, 10.1, 9.9, 14.0, 15.0])
+    found["D7"] = measured(rows, "D7", [10.0, 10.1, 9.9])  # the base once more, with fewer seeds
+    (line,) = [line for line in table_rows(found, rows) if line["row"] == "D7"]
+    assert line["difference"] == "0.00 [0.00, 0.00], not distinguishable", "seed by seed, over the seeds that both have"
     found["D2"] = measured(rows, "D2", [10.0, 10.2])
     page = ablation_page("point-mixed", found, rows)
     assert "    make ablation ENV=point DATA=mixed ROW=D2 SEEDS=2\n" in page, "a row's own number of seeds"

@@ -336,26 +336,36 @@ _BRAC_POLICY: dict[str, Any] = {"regularisation.kind": "policy", "regularisation
 _BRAC_VALUE: dict[str, Any] = {"regularisation.kind": "value-penalty", "regularisation.adaptive": True}
 
 # Differences from the defaults at the paper's scale. alpha is the paper's where recoverable (facts section 0), else the
-# released one. The released code draws 4 of the 2 fwd-back tasks with replacement; here a step takes both.
+# released one. alpha's rate is relative to it here and 1 in the released code, whatever alpha is: hence 1 / alpha, with
+# which it starts at the same pace. The released code draws 4 of the 2 fwd-back tasks with replacement; here a step
+# takes both.
 _PAPER: dict[str, dict[str, Any]] = {
     "sparse-point-robot": {**_POINT, "latent_dim": 5, "context_size": 1024, "context_reward": "sparse"},
     "point-robot-wind": {**_POINT, "next_observation_in_context": True},
-    "half-cheetah-vel": {**_BRAC_POLICY, "regularisation.alpha": 500.0, "context_size": 100},
+    "half-cheetah-vel": {
+        **_BRAC_POLICY,
+        "regularisation.alpha": 500.0,
+        "regularisation.alpha_learning_rate": 2e-3,
+        "context_size": 100,
+    },
     "half-cheetah-fwd-back": {
         **_BRAC_VALUE,
         "regularisation.alpha": 500.0,
+        "regularisation.alpha_learning_rate": 2e-3,
         "latent_dim": 5,
         "steps": 1_000_000,
     },
     "ant-fwd-back": {
         **_BRAC_VALUE,
         "regularisation.alpha": 1e6,
+        "regularisation.alpha_learning_rate": 1e-6,
         "regularisation.alpha_max": 5e6,
         "steps": 2_000_000,
     },
     "walker-2d-params": {
         **_BRAC_POLICY,
         "regularisation.alpha": 50.0,
+        "regularisation.alpha_learning_rate": 2e-2,
         "regularisation.alpha_max": 1e4,
         "next_observation_in_context": True,
         "context_size": 100,
@@ -375,6 +385,7 @@ _LAPTOP_MUJOCO: dict[str, Any] = {
     "steps": 10_000, "context_size": 256, "batch_size": 128, "latent_dim": 5, "encoder_hidden": (128, 128),
     "control_hidden": (256, 256), "critic_learning_rate": 1e-3, "actor_learning_rate": 1e-3, "tau": 0.01,
     "regularisation.alpha": 100.0, "regularisation.alpha_max": 500.0, "regularisation.adaptive": False,
+    "regularisation.alpha_learning_rate": 1e-2,
     "regularisation.discriminator_steps": 2, "regularisation.discriminator_learning_rate": 1e-3,
     "checkpoint_every": 1000, "eval_every": 2000,
 }  # fmt: skip
