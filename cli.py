@@ -647,8 +647,7 @@ def compare(
     --set NAME=VALUE goes to every method that has the setting, --set ALGO:NAME=VALUE to one. At laptop scale all
     methods have networks of 3 x 256, FOCAL too, whose own are smaller (--set focal:control_hidden=128,128 has those),
     and batches and steps meant for runs of at most a quarter of an hour; --set steps=8000 and the like override.
-    Test contexts are as large for all as the largest that one of them trained with; the curves are of tests during
-    training, with contexts of the method's own size.
+    Test contexts are as large for all as the largest that one of them trained with, in the tests during training too.
     """
     import torch
 

@@ -246,7 +246,10 @@ def equal_terms(family: str, scale: str, algo: str) -> tuple[str, ...]:
 
 
 def _plan(request: CompareRequest, name: str, family: str, scale: str) -> dict[str, PlannedRun]:
-    """Check every method's settings and data and find out what is still to do. Raises as `plan_run`."""
+    """Check every method's settings and data and find out what is still to do. Raises as `plan_run`.
+
+    The curves' meta-tests, during training, have contexts of one size too: the largest that a method trains with.
+    """
     assignments = split_assignments(request.train.assignments, request.algos)
     planned = {}
     for algo in request.algos:
@@ -255,7 +258,13 @@ def _plan(request: CompareRequest, name: str, family: str, scale: str) -> dict[s
             request.train, algo=algo, name=f"{name}-{algo}", assignments=words, scale=scale, resume=True
         )
         planned[algo] = plan_run(own)
-    return planned
+    size = max(one.settings.context_size for one in planned.values())
+    return {
+        algo: dataclasses.replace(
+            one, seeds=tuple(dataclasses.replace(job, test_context_size=size) for job in one.seeds)
+        )
+        for algo, one in planned.items()
+    }
 
 
 def _diverged(failures: Mapping[Any, BaseException], planned: Mapping[str, PlannedRun]) -> dict[str, str]:

@@ -100,6 +100,7 @@ class SeedJob:
     resume: bool
     cache: Path | None
     device: str
+    test_context_size: int = 0  # of the meta-tests during training; 0: as large as those trained with
     threads: int = 1
     patience: float = 0.0  # seconds to wait for another process that trains this seed
 
@@ -424,7 +425,8 @@ def train_job(job: SeedJob, report: Any) -> None:
 
     def evaluate(agent: Agent, step: int) -> dict[str, Any]:
         assert tests is not None
-        return quick_test(agent, tests, job.settings.context_size, QUICK_EPISODES, QUICK_SEED)
+        size = job.test_context_size or job.settings.context_size
+        return quick_test(agent, tests, size, QUICK_EPISODES, QUICK_SEED)
 
     train(
         job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source,

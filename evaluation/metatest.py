@@ -316,7 +316,8 @@ def quick_test(agent: Agent, tasks: TestTasks, context_size: int, episodes: int,
     sources = {"return": own}
     if count > 1:
         sources["wrong_context_return"] = half_way_round(own, count)
-    metrics: dict[str, Any] = {"test/tasks": [entry.index for entry in tasks.entries]}
+    indices = [entry.index for entry in tasks.entries]
+    metrics: dict[str, Any] = {"test/tasks": indices, "test/context_size": context_size}
     for name, source in sources.items():
         embeddings = embed_contexts(agent, tasks.contexts, source, context_size, seed)
         if name == "return":

@@ -277,3 +277,7 @@ def test_all_methods_run_on_the_command_line(folders):
     told = json.loads(cli(*command, "--json"))
     assert len(told["methods"]) == 4
     assert all(len(row["scores"]) == 2 for row in told["methods"])
+    logs = sorted(folders[3].glob("all-*/seed_*/evaluation.jsonl"))
+    sizes = {json.loads(line)["test/context_size"] for log in logs for line in log.read_text().splitlines()}
+    assert len(logs) == 8
+    assert sizes == {32}, "MBML trains with 16, but is tested like the others while it trains, too"

@@ -280,6 +280,7 @@ def test_quick_test_agrees_with_the_full_one(tasks, result):
     assert quick["test/return"] == pytest.approx(result.mean(RIGHT), rel=1e-5)
     assert quick["test/wrong_context_return"] == pytest.approx(result.mean(WRONG), abs=1e-5)
     assert quick["test/tasks"] == list(result.task_indices)
+    assert quick["test/context_size"] == 32
     for name, condition in (("return", RIGHT), ("wrong_context_return", WRONG)):  # every return, not the mean alone
         assert np.array(quick[f"test/{name}s"]) == pytest.approx(result.conditions[condition].reported, abs=1e-5)
     goals = torch.tensor([entry.record.params["goal"] for entry in tasks.entries], dtype=torch.float64)
