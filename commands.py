@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .datagen import generate_settings
-from .datasets import Collection
+from .datasets import Collection, settings_in_effect
 from .envs import get_family
 from .settings import SCALES, to_dict
 from .trainer.methods import train_settings
@@ -22,7 +22,7 @@ def generate_command(collection: Collection) -> str | None:
     usual = to_dict(generate_settings(family.name, header.scale, fixed_tasks=family.fixed_tasks is not None))
     words = ["focal-cli", "data", "generate", "--env", family.alias, "--scale", header.scale]
     words += ["--seed", str(header.seed), "--tasks-from", header.tasks_from]
-    words += _sets(flatten(header.settings), flatten(usual))
+    words += _sets(flatten(settings_in_effect(header.settings)), flatten(usual))
     return shlex.join([*words, "-o", str(collection.source)])
 
 

@@ -34,9 +34,9 @@ from .evaluation.tables import write_table
 from .experiment import PlannedRun, RunTest, TrainProgress, TrainRequest, plan_run, raise_failure, test_run, train_jobs
 from .files import write_json
 from .provenance import provenance
-from .settings import field_names, to_dict
+from .settings import field_names, override, parse_assignments, to_dict
 from .trainer.journal import SECONDS, read_rows
-from .trainer.methods import find_method
+from .trainer.methods import METHODS, find_method, train_settings
 from .trainer.settings import TrainSettings, hidden_widths
 
 # FOCAL's own laptop networks, which its results were measured with, are smaller than its rivals' 3 x 256.
@@ -245,26 +245,31 @@ def equal_terms(family: str, scale: str, algo: str) -> tuple[str, ...]:
     return tuple(word for owner, _, word in mine if owner in ("", algo))
 
 
-def _plan(request: CompareRequest, name: str, family: str, scale: str) -> dict[str, PlannedRun]:
-    """Check every method's settings and data and find out what is still to do. Raises as `plan_run`.
+def curve_context_size(family: str, scale: str) -> int:
+    """Return the size of the contexts of every method's meta-tests during training, whichever methods are compared.
 
-    The curves' meta-tests, during training, have contexts of one size too: the largest that a method trains with.
+    The largest that a method trains with, as in the table where no `--set` says otherwise.
     """
+    own = (
+        override(train_settings(family, scale, algo), parse_assignments(equal_terms(family, scale, algo)))
+        for algo in METHODS
+    )
+    return max(settings.context_size for settings in own)
+
+
+def _plan(request: CompareRequest, name: str, family: str, scale: str) -> dict[str, PlannedRun]:
+    """Check every method's settings and data and find out what is still to do. Raises as `plan_run`."""
     assignments = split_assignments(request.train.assignments, request.algos)
+    size = curve_context_size(family, scale)
     planned = {}
     for algo in request.algos:
         words = (*equal_terms(family, scale, algo), *assignments[algo])  # the later of two words for a setting counts
         own = dataclasses.replace(
-            request.train, algo=algo, name=f"{name}-{algo}", assignments=words, scale=scale, resume=True
-        )
+            request.train, algo=algo, name=f"{name}-{algo}", assignments=words, scale=scale, resume=True,
+            test_context_size=size,
+        )  # fmt: skip
         planned[algo] = plan_run(own)
-    size = max(one.settings.context_size for one in planned.values())
-    return {
-        algo: dataclasses.replace(
-            one, seeds=tuple(dataclasses.replace(job, test_context_size=size) for job in one.seeds)
-        )
-        for algo, one in planned.items()
-    }
+    return planned
 
 
 def _diverged(failures: Mapping[Any, BaseException], planned: Mapping[str, PlannedRun]) -> dict[str, str]:

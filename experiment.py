@@ -85,6 +85,7 @@ class TrainRequest:
     cache: Path | None = None  # folder for memory-mapped copies of the chosen episodes
     device: str = "auto"  # auto (cuda where there is one), cpu or cuda
     ray: str | None = None  # address of a Ray cluster to train on; needs `resume`, with which a dead node's seeds go on
+    test_context_size: int = 0  # of the meta-tests during training; 0: as large as those trained with
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class SeedJob:
     resume: bool
     cache: Path | None
     device: str
-    test_context_size: int = 0  # of the meta-tests during training; 0: as large as those trained with
+    test_context_size: int  # as in `TrainRequest`
     threads: int = 1
     patience: float = 0.0  # seconds to wait for another process that trains this seed
 
@@ -283,8 +284,9 @@ def plan_run(request: TrainRequest) -> PlannedRun:
 
     def job(seed: int | None) -> SeedJob:
         return SeedJob(
-            run_dir, request.collection, request.quality, settings, seed, source, request.resume, cache, device
-        )
+            run_dir, request.collection, request.quality, settings, seed, source, request.resume, cache, device,
+            request.test_context_size,
+        )  # fmt: skip
 
     data, run = job(None).run_from_data()  # fails here, before any process starts
     refuse_other_run(run_dir, run)
@@ -422,11 +424,12 @@ def train_job(job: SeedJob, report: Any) -> None:
         first_stage(job.run_dir.parent, run, data, replay, show)
         return
     tests = _test_tasks_or_none(open_collection(job.collection), job.quality)
+    size = job.test_context_size or job.settings.context_size
 
     def evaluate(agent: Agent, step: int) -> dict[str, Any]:
         assert tests is not None
-        size = job.test_context_size or job.settings.context_size
-        return quick_test(agent, tests, size, QUICK_EPISODES, QUICK_SEED)
+        most = min(len(context.rows) for context in tests.contexts)  # another method's size may be more than there is
+        return quick_test(agent, tests, min(size, most), QUICK_EPISODES, QUICK_SEED)
 
     train(
         job.run_dir, data, job.settings, job.seed, evaluate if tests else None, job.resume, show, job.source,

@@ -113,7 +113,9 @@ def _known_params(family: TaskFamily, task: SourceTask) -> Params:
         if family.published is None:
             return _unknown(task, f"--tasks FILE, as the released tasks of {family.name} are not recoverable")
         released = family.published(family.n_train + family.n_test)
-        return released[task.index] if task.index < len(released) else _unknown(task, f"index below {len(released)}")
+        return (
+            dict(released[task.index]) if task.index < len(released) else _unknown(task, f"index below {len(released)}")
+        )
     return _unknown(task, '--tasks FILE with {"tasks": {"' + task.name + '": {"params": ' + family.example + "}}}")
 
 

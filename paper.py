@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .commands import flatten
-from .comparison import comparison_name, equal_terms
+from .comparison import comparison_name, curve_context_size, equal_terms
 from .datasets import Collection, Selection, TaskEntry
 from .envs import FAMILIES, get_family
 from .errors import FocalError, UsageError
@@ -67,6 +67,10 @@ class Training:
         """What it sets otherwise than `focal-cli train`, as `--set` takes it."""
         equal = equal_terms(self.family, scale, self.algo) if self.compared else ()
         return (*equal, *self.changes)
+
+    def test_context_size(self, scale: str) -> int:
+        """Size of the contexts of its meta-tests during training, 0 where it is the size trained with."""
+        return curve_context_size(self.family, scale) if self.compared else 0
 
     def settings(self, scale: str) -> TrainSettings:
         """The settings it trains with."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from .commands import flatten
 from .datagen import GenerateRequest, generate, generate_settings
-from .datasets import Collection, is_committed, open_collection
+from .datasets import Collection, is_committed, open_collection, settings_in_effect
 from .envs import get_family
 from .errors import DivergedError, FocalError, UsageError
 from .experiment import TrainRequest, last_step, train_run
@@ -112,7 +112,7 @@ def _unlike_scale(collection: Collection, scale: str) -> list[str]:
         if how in collection.settings:
             return [f"it was {words}"]
     fixed = get_family(collection.family).fixed_tasks is not None
-    found = flatten(collection.settings)
+    found = flatten(settings_in_effect(collection.settings))
     usual = flatten(to_dict(generate_settings(collection.family, scale, fixed_tasks=fixed)))
     names = [name for name in {**usual, **found} if found.get(name) != usual.get(name)]
     names.sort(key=lambda name: not name.startswith("n_"))
@@ -176,6 +176,7 @@ def train_one(
         name=training.name(scale),
         resume=True,
         workers=workers,
+        test_context_size=training.test_context_size(scale),
     )
     try:
         with training_bars() as bars:

@@ -16,6 +16,7 @@ from ..datasets import (
     is_committed,
     is_sealed,
     open_collection,
+    settings_in_effect,
 )
 from ..envs import TaskSet, get_family
 from ..errors import FocalError, UsageError
@@ -156,7 +157,8 @@ def _run(
 
 def _content(header: CollectionHeader) -> CollectionHeader:
     """The part of a header that decides the data; authors and licence of a complete collection stay as they are."""
-    return dataclasses.replace(header, authors=(), licence="CC0-1.0")
+    settings = settings_in_effect(header.settings)
+    return dataclasses.replace(header, authors=(), licence="CC0-1.0", settings=settings)
 
 
 def _header(request: GenerateRequest, tasks: TaskSet) -> CollectionHeader:

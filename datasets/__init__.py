@@ -29,7 +29,7 @@ from .episodes import QUALITIES, End, Episodes, Quality, Transitions
 from .integrity import VerifyReport, verify_collection
 from .opening import find_collections, is_committed, open_collection
 from .quality import QualityRule, checkpoint_scores, draw_heldout, label_checkpoints
-from .records import CollectionHeader, References, TaskRecord
+from .records import CollectionHeader, References, TaskRecord, settings_in_effect
 from .selection import Selection, Subset
 from .tasks import Count, TaskEntry
 from .transfer import PushReport, pull_bundle, push_bundle
@@ -68,6 +68,7 @@ __all__ = [
     "read_segment",
     "relabel_collection",
     "seal_task",
+    "settings_in_effect",
     "unpack_bundle",
     "verify_bundle",
     "verify_collection",

@@ -48,7 +48,7 @@ from .opening import (
     read_documents,
 )
 from .quality import QualityRule, label_episodes
-from .records import CollectionHeader, TaskRecord, differences
+from .records import CollectionHeader, TaskRecord, differences, settings_in_effect
 from .sources import Folder, Source, read_checked
 from .storage import (
     AGAIN,
@@ -103,6 +103,8 @@ def _strange_entries(path: Path) -> list[str]:
 
 def _check_header(path: Path, header: CollectionHeader) -> None:
     document = read_json(path / STAGING / HEADER)
+    if isinstance(document.get("settings"), dict):
+        document["settings"] = settings_in_effect(document["settings"])
     if changed := differences(document, header.to_json()):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise FocalError(

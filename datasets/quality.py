@@ -88,7 +88,7 @@ def label_checkpoints(scores: Array, rule: QualityRule, reached_expert: bool) ->
     cuts[:1] = max(rule.random_below, rule.first_random_below)
     above = np.flatnonzero(scores > cuts)
     labels[: above[0] if len(above) else len(scores)] = Quality.RANDOM
-    window = np.flatnonzero((scores >= rule.medium_low) & (scores <= rule.medium_high))
+    window = np.flatnonzero((labels == Quality.NONE) & (scores >= rule.medium_low) & (scores <= rule.medium_high))
     if len(window):
         labels[window[np.argmin(np.abs(scores[window] - rule.medium_target))]] = Quality.MEDIUM
     if reached_expert:

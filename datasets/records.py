@@ -297,13 +297,9 @@ def plain(settings: Any) -> dict[str, Any]:
 
 
 def rule_from_json(document: Mapping[str, Any], where: str) -> QualityRule:
-    """Rebuild the quality rule a task was labelled with.
-
-    Rules of before 2026-11-30 had no cut of its own for the first checkpoint.
-    """
+    """Rebuild the quality rule a task was labelled with."""
     names = [item.name for item in dataclasses.fields(QualityRule)]
-    if "random_below" in document:
-        document = {"first_random_below": document["random_below"], **document}
+    document = _whole_rule(document)
     if sorted(document) != sorted(names):
         raise FocalError(f"{where}: quality rule has {sorted(document)}, expected {sorted(names)}; {AGAIN}")
     read = Reader({"rule": [document[name] for name in names]}, where)
@@ -311,6 +307,17 @@ def rule_from_json(document: Mapping[str, Any], where: str) -> QualityRule:
         return QualityRule(**dict(zip(names, map(float, read.items("rule", float)), strict=True)))
     except UsageError as error:
         raise FocalError(f"{where}: {error}; {AGAIN}") from error
+
+
+def settings_in_effect(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a header's settings with those that did not exist when it was written, as they were in effect."""
+    rule = settings.get("quality")
+    return {**settings, "quality": _whole_rule(rule)} if isinstance(rule, Mapping) else dict(settings)
+
+
+def _whole_rule(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rules of before 2026-11-30 had no cut of its own for the first checkpoint."""
+    return {"first_random_below": document["random_below"], **document} if "random_below" in document else document
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -15,7 +15,7 @@ import mujoco
 import numpy as np
 from gymnasium.utils import seeding
 
-from .locomotion import LocomotionEnv, State, finite
+from .locomotion import LocomotionEnv, State, Walker2DParamsEnv, finite
 from .point_robot import PointRobotEnv, distance, move
 from .tasks import TaskFamily, TaskParameters
 
@@ -289,18 +289,21 @@ def make_batch(family: TaskFamily, tasks: Sequence[TaskParameters], threads: int
     kind = env_class(family)
     if _steps_as(kind, PointRobotEnv):
         return BatchedPointRobots(family, tasks)
-    lists = any(
-        isinstance(value, list) for value in tasks[0].values()
-    )  # of which a reward could mean a task's or an item
-    if _steps_as(kind, LocomotionEnv) and (family.varies == "transitions" or not lists):
+    # a reward cannot tell the items of a list from the episodes of a batch; the walkers' does not look at theirs
+    plain = all(isinstance(value, int | float) for value in tasks[0].values())
+    if _steps_as(kind, LocomotionEnv) and (plain or kind.reward is Walker2DParamsEnv.reward):
         return BatchedLocomotion(family, tasks, threads)
     return BatchedSingles(family, tasks)
 
 
+_STEPPING = (
+    "reset", "step", "reset_model", "read_state", "set_state", "do_simulation", "_step_mujoco_simulation",
+)  # fmt: skip
+
+
 def _steps_as(kind: Any, base: type) -> bool:
     """Whether `kind` derives from `base` and resets and steps as it does, which is what a batch repeats."""
-    whole = ("reset", "step", "reset_model", "read_state", "do_simulation")
-    return issubclass(kind, base) and all(getattr(kind, name, None) is getattr(base, name, None) for name in whole)
+    return issubclass(kind, base) and all(getattr(kind, name, None) is getattr(base, name, None) for name in _STEPPING)
 
 
 def rollout(envs: BatchedEnvs, policy: Policy, seeds: Sequence[int]) -> Rollouts:

@@ -40,7 +40,7 @@ FAMILIES = {
             "half-cheetah-fwd-back", "cheetah-dir", "focal/HalfCheetahFwdBack-v0", "reward",
             "run forward or backward", 20, 6, 200, 2, 2, 0.99,
             draw=lambda rng, n: list(BOTH_DIRECTIONS), fixed_tasks=BOTH_DIRECTIONS,
-            published=lambda n: list(reversed(BOTH_DIRECTIONS)),  # the released code's task 0 runs backward here
+            published=lambda n: list(reversed(BOTH_DIRECTIONS)),  # there task 0 runs backward, Ant's forward
             order=lambda task: task["direction"], passes_expert_test=experts.direction_expert, absolute_x=17,
         ),
         TaskFamily(

@@ -73,7 +73,8 @@ class TaskFamily:
         """Draw `n_train + n_test` tasks and split them by a seeded permutation.
 
         `source` is "seed" (drawn from `seed`) or "published" (the released code's sets: linspace goals or
-        RandomState(1337) draws; `seed` then only splits, where the released split was not fixed).
+        RandomState(1337) draws, the fwd-back families' two tasks in the released order; `seed` then only splits, where
+        the released split was not fixed).
         Raises `UsageError` for a family without published tasks or for a count it cannot give.
         """
         n_train = self.n_train if n_train is None else n_train
@@ -85,21 +86,18 @@ class TaskFamily:
                     f"{self.name} has exactly {len(both)} tasks, used for training and test alike; "
                     f"found {n_train} and {n_test}; leave --tasks out"
                 )
-            if source == "published" and self.published is not None:
-                return TaskSet(tuple(self.published(len(both))), both, both)
-            return TaskSet(self.fixed_tasks, both, both)
+            released = self._released(len(both)) if source == "published" else self.fixed_tasks
+            return TaskSet(tuple(released), both, both)
         if n_train < 1 or n_test < 1:
             raise UsageError(f"found {n_train} training and {n_test} test tasks, expected at least 1 of each")
         n = n_train + n_test
         if source == "published":
-            if self.published is None:
-                raise UsageError(f"the released task set of {self.name} is not recoverable; use --tasks-from seed")
+            parameters = self._released(self.n_train + self.n_test)
             if n != self.n_train + self.n_test:
                 raise UsageError(
                     f"the released set of {self.name} has {self.n_train} training and {self.n_test} test tasks, found "
                     f"{n_train} and {n_test}; use --tasks {self.n_train}/{self.n_test}, or --tasks-from seed"
                 )
-            parameters = self.published(n)
         elif source == "seed":
             parameters = self.draw(stream(seed, TASK_STREAM), n)
         else:
@@ -110,6 +108,11 @@ class TaskFamily:
             order = stream(seed, SPLIT_STREAM).permutation(n)
         train, test = order[:n_train], order[n_train:]
         return TaskSet(tuple(parameters), tuple(sorted(map(int, train))), tuple(sorted(map(int, test))))
+
+    def _released(self, n: int) -> list[TaskParameters]:
+        if self.published is None:
+            raise UsageError(f"the released task set of {self.name} is not recoverable; use --tasks-from seed")
+        return self.published(n)
 
     def checked(self, parameters: Any, name: str) -> TaskParameters:
         """Return the parameters of a task called `name` as exact floats.

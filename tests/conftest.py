@@ -113,7 +113,7 @@ def task_record(
             expert_sparse_deterministic=sparse[1],
             expert_sac_step=1000 * (len(SKILLS) - 1),
             reached_expert=reached_expert,
-            expert_test="return 0.97 of the straight line's, expected 0.8",
+            expert_test="return 0.97 of the optimum, expected 0.8",
         ),
         provenance={"software": "conftest.py"},
     )

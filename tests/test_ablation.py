@@ -120,6 +120,8 @@ def test_the_table_says_what_a_difference_shows():
     found["D7"] = measured(rows, "D7", [10.0, 10.1, 9.9])  # the base once more, with fewer seeds
     (line,) = [line for line in table_rows(found, rows) if line["row"] == "D7"]
     assert line["difference"] == "0.00 [0.00, 0.00], not distinguishable", "seed by seed, over the seeds that both have"
+    found["D7"] = dataclasses.replace(found["D7"], seeds=(7, 8, 9))
+    assert [line["difference"] for line in table_rows(found, rows) if line["row"] == "D7"] == ["-"]
     found["D2"] = measured(rows, "D2", [10.0, 10.2])
     page = ablation_page("point-mixed", found, rows)
     assert "    make ablation ENV=point DATA=mixed ROW=D2 SEEDS=2\n" in page, "a row's own number of seeds"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ from focal.comparison import (
     split_assignments,
 )
 from focal.evaluation import protocols
-from focal.experiment import TrainRequest
+from focal.experiment import RunTest, TrainRequest
 from focal.paper import ITEMS
 from focal.trainer import methods
 from focal.trainer.methods import train_settings
@@ -90,6 +91,18 @@ def test_methods_are_ranked_by_interquartile_mean_and_compared_with_the_next():
     assert rows[0].normalised
 
 
+def test_differences_of_all_tasks_are_judged_by_all_tasks():
+    first = SimpleNamespace(
+        counted=np.array([True, False, False]),  # an expert that failed its test, data without references
+        untrained_reference=np.array([0.0, 1.0, np.nan]),
+        expert_reference=np.array([10.0, 3.0, np.nan]),
+    )
+    tested = RunTest(Path(), None, None, None, 1, 0, {0: first})
+    assert tested.span == 6.0
+    first.counted[:] = False
+    assert tested.span is None
+
+
 def test_profiles_are_drawn_where_there_are_scores(tmp_path):
     files = draw_profiles(tmp_path / "profiles.png", rank({"a": fake_test([[0.2, 0.9]]), "b": fake_test([[0.5, 0.1]])}))
     assert [file.name for file in files] == ["profiles.png", "profiles.svg"]
@@ -143,6 +156,8 @@ def test_compare_trains_what_is_missing_once_and_tests_alike(folders, monkeypatc
         "comparison-offline.json", "comparison-offline.md", "comparison-offline.csv", "return_curves.png",
         "return_curves.svg",
     }  # fmt: skip
+    shared = "seeds of mbml share one first stage, its intervals leave that out"
+    assert shared in (runs / "comparisons" / "point-mixed-smoke" / "comparison-offline.md").read_text()
     online = json.loads(cli(*command, "--algos", "batch-pearl,mbml", "--protocol", "mbml"))
     assert set(online["methods"][0]["returns"]) == {"right context", "untrained", "zero action", "expert"}
     table = (runs / "comparisons" / "point-mixed-smoke" / "comparison-mbml.md").read_text()
@@ -185,6 +200,8 @@ def test_the_runs_of_a_comparison_are_those_of_figure_3(folders, scale, tmp_path
         same = dataclasses.replace(training, quality="mixed", changes=("context_size=32",))  # smoke data are few
         assert same.name(scale) == planned[algo].run_dir.name
         assert same.settings(scale) == planned[algo].settings
+        size = {"smoke": 32, "laptop": 128}[scale]  # MBML, which trains with 16 and 64, too
+        assert same.test_context_size(scale) == planned[algo].seeds[0].test_context_size == size
         assert not training.changes
 
 

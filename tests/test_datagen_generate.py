@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from focal import FocalError, UsageError
+from focal import FocalError, UsageError, commands
 from focal.datagen import GenerateRequest, generate, generate_settings
+from focal.datagen.generate import _content
 from focal.datagen.worker import best_checkpoint, run_task
-from focal.datasets import is_committed, open_collection, verify_collection
+from focal.datasets import begin_collection, is_committed, open_collection, verify_collection
 from focal.envs import get_family
 from focal.settings import override, to_dict
 
@@ -72,6 +73,20 @@ def test_the_same_seed_gives_the_same_content_and_a_second_call_does_nothing(col
 def test_other_settings_never_mix_into_a_collection(collection, tmp_path):
     with pytest.raises(FocalError, match="complete collection made with other settings; choose another folder with -o"):
         generate(request(collection.path, fresh_episodes=4))
+
+
+def test_a_collection_of_before_the_untrained_policy_had_a_cut_of_its_own(collection, tmp_path):
+    rule = {name: value for name, value in collection.settings["quality"].items() if name != "first_random_below"}
+    old = dataclasses.replace(collection.header, settings={**collection.settings, "quality": rule})
+    as_then = {**collection.settings, "quality": {**rule, "first_random_below": rule["random_below"]}}
+    assert _content(old) == _content(dataclasses.replace(old, settings=as_then)) != _content(collection.header)
+    begin_collection(tmp_path / "x", old)
+    begin_collection(tmp_path / "x", dataclasses.replace(old, settings=as_then))
+    with pytest.raises(FocalError, match=r"quality\.first_random_below is 0\.1 there and 0\.35 here"):
+        begin_collection(tmp_path / "x", collection.header)
+    command = commands.generate_command(dataclasses.replace(collection, header=old))
+    assert "--set quality.first_random_below=0.1" in command
+    assert "first_random_below" not in commands.generate_command(collection)
 
 
 def test_the_behaviour_policies_are_kept_and_reproduce_their_episodes(collection):

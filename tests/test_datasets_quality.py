@@ -18,6 +18,8 @@ NONE, RANDOM, MEDIUM, EXPERT = Quality.NONE, Quality.RANDOM, Quality.MEDIUM, Qua
         ([0.0, 0.2, 0.05, 0.5, 0.02, 0.9], True, [RANDOM, NONE, NONE, MEDIUM, NONE, EXPERT]),
         # chance places the untrained policy above 0.1: random all the same, and so is what follows up to 0.1
         ([0.3, 0.05, 0.2, 0.05], True, [RANDOM, RANDOM, NONE, NONE]),
+        # at 0.35 itself it is random too, and not medium
+        ([0.35, 0.05, 0.2], True, [RANDOM, RANDOM, NONE]),
         # a first checkpoint that has learnt something, in data from elsewhere
         ([0.36, 0.05, 1.0], True, [MEDIUM, NONE, EXPERT]),
         # never learnt: every score stays low
@@ -48,6 +50,8 @@ def test_the_first_checkpoint_has_a_cut_of_its_own():
     scores = np.array([0.15, 0.05, 0.6])
     assert label_checkpoints(scores, QualityRule(first_random_below=0.1), True).tolist() == [0, 0, 2]
     assert label_checkpoints(scores, QualityRule(first_random_below=-1.0), True).tolist() == [0, 0, 2], "0.1 holds"
+    wide = QualityRule(first_random_below=0.6)
+    assert label_checkpoints(np.array([0.5, 0.05, 0.2]), wide, True).tolist() == [RANDOM, RANDOM, NONE]
     with pytest.raises(UsageError, match=r"first_random_below=0\.95, expected a number below expert_from=0\.9"):
         QualityRule(first_random_below=0.95)
 

@@ -56,7 +56,7 @@ class Recorder:
 
 
 class GoalReader(Recorder):
-    """Reads the goal out of the context's dense rewards and walks straight to it; explores at random."""
+    """Reads the goal out of the context's dense rewards and walks to it; explores at random."""
 
     def embed(self, context):
         position = (context[..., :2] + 0.1 * context[..., 2:4]).double()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium
@@ -47,6 +48,16 @@ def test_a_family_is_found_drawn_and_has_settings_at_every_scale(examples):
     assert train_settings(family.name, "laptop").latent_dim == 5
     assert train_settings(family.name, "laptop").discount == 0.9
     assert train_settings(family.name, "smoke", "context-clone").steps == 60
+
+
+def test_stage_one_takes_the_discount_it_is_given(examples, monkeypatch):
+    given = {}
+    monkeypatch.setattr(extend.stage_one, "add_family", lambda name, changes: given.update(changes))
+    monkeypatch.setattr(extend.stage_two, "add_family", lambda name, changes: None)
+    monkeypatch.setattr(extend.gymnasium, "register", lambda *args, **kwargs: None)
+    mine = replace(get_family("rotated"), name="a", alias="b", env_id="mine/C-v0")
+    extend.add_family(mine, object, generate={"sac": {"discount": 0.5, "total_steps": 9}, "n_test": 2})
+    assert given == {"n_train": 20, "n_test": 2, "sac": {"discount": 0.5, "total_steps": 9}}
 
 
 def test_its_batch_gives_the_single_environments_episodes(examples):

@@ -18,7 +18,7 @@ from focal.trainer.transform import ObservationTransform
 
 
 class GoalReader:
-    """Reads the goal from four transitions or more, and from fewer nonsense; walks straight to what it read."""
+    """Reads the goal from four transitions or more, and from fewer nonsense; walks to what it read."""
 
     settings = TrainSettings(context_reward="dense", latent_dim=2, context_size=32)
     transform = ObservationTransform(2, (0, 1), (1.0, 1.0))

@@ -3,6 +3,7 @@
 import pytest
 
 from focal import UsageError
+from focal.datagen import generate_settings
 from focal.settings import SCALES, from_dict, override, to_dict
 from focal.trainer.mbml_teachers import EnsembleSettings
 from focal.trainer.methods import train_settings
@@ -34,6 +35,13 @@ def test_paper_values_of_the_tables():
     assert [s.regularisation.kind for s in (direction, ant)] == ["value-penalty", "value-penalty"]
     assert [s.regularisation.kind for s in (velocity, walker)] == ["policy", "policy"]
     assert (velocity.regularisation.alpha, direction.regularisation.alpha, ant.regularisation.alpha) == (500, 500, 1e6)
+    rules = [s.regularisation for s in (velocity, direction, ant, walker)]
+    assert [rule.alpha_learning_rate * rule.alpha for rule in rules] == pytest.approx([1] * 4), (
+        "the released first step"
+    )
+    assert train_settings("half-cheetah-vel", "laptop").regularisation.alpha_learning_rate == 1e-2
+    made = generate_settings("sparse-point-robot", "paper").episodes_per_checkpoint
+    assert 20 * (made - round(0.1 * made)) >= point.context_size, "one checkpoint's training episodes fill a context"
     assert [s.next_observation_in_context for s in (point, wind, velocity, walker)] == [False, True, False, True]
     assert [s.latent_dim for s in (point, wind, velocity, direction, ant, walker)] == [5, 20, 20, 5, 20, 20]
     assert velocity.control_hidden == (300, 300, 300)

@@ -222,8 +222,8 @@ def updated_alpha(alpha: Tensor, divergence: Tensor, rule: RegularisationSetting
         alpha <- clip(alpha exp(rate clip(D - target, -1, 1)), alpha_min, alpha_max)
 
     Dual ascent on log alpha. Departure: the released code adds D - target to alpha itself (reference-facts 3.3, item
-    13), which suits one magnitude of alpha, and does not clip what it stores, so alpha winds up; the clipped, relative
-    step serves 0.1 and 1e6 alike and cannot jump.
+    13) and does not clip what it stores, so alpha winds up; the clipped, relative step cannot jump. At paper scale the
+    rate is 1 / alpha, with which both begin at the same pace.
     """
     step = rule.alpha_learning_rate * (divergence - rule.target_divergence).clamp(-1.0, 1.0)
     return (alpha * step.exp()).clamp(rule.alpha_min, rule.alpha_max)
