@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from focal.envs import FAMILIES, get_family, make_batch, rollout
+from focal.envs.batch import BatchedSingles
 from focal.envs.locomotion import AntFwdBackEnv, HalfCheetahVelEnv, State, Walker2DParamsEnv
 from focal.envs.point_robot import (
     PointRobotWindEnv,
@@ -207,6 +208,7 @@ def test_batched_stepping_equals_gymnasium_bit_for_bit(name):
     actions = np.random.default_rng(0).uniform(-1, 1, (family.horizon, 5, family.act_dim)).astype(np.float32)
     moves = iter(actions)
     batch = make_batch(family, chosen, threads=2)
+    assert not isinstance(batch, BatchedSingles), "many times slower"
     recorded = rollout(batch, lambda observations: next(moves), seeds=range(10, 15))
     for m, task in enumerate(chosen):
         env = make(name, task)
