@@ -71,8 +71,9 @@ def test_paper_sizes_are_the_descriptions():
         algo: {train_settings(family, scale, algo).encoder.kl_weight for family in FAMILIES for scale in SCALES}
         for algo in RIVALS
     }
-    # of two weights the first is the point robots'
+    # of two weights the first is the point robots', and at laptop scale MBML's everywhere
     assert weights == {"batch-pearl": {1.0, 0.1}, "contextual-bcq": {0.0}, "mbml": {1e-3, 0.1}}
+    assert {train_settings(family, "laptop", "mbml").encoder.kl_weight for family in FAMILIES} == {1e-3}
     varying = {family for family in FAMILIES if train_settings(family, "paper", "mbml").transitions_vary}
     assert varying == {"point-robot-wind", "walker-2d-params"}
 
