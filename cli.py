@@ -647,7 +647,8 @@ def compare(
     --set NAME=VALUE goes to every method that has the setting, --set ALGO:NAME=VALUE to one. At laptop scale all
     methods have networks of 3 x 256, FOCAL too, whose own are smaller (--set focal:control_hidden=128,128 has those),
     and batches and steps meant for runs of at most a quarter of an hour; --set steps=8000 and the like override.
-    Test contexts are as large for all as the largest that one of them trained with, in the tests during training too.
+    Test contexts are as large for all as the largest that one of them trained with; in the tests during training as
+    large as the largest of the four methods' own settings.
     """
     import torch
 
@@ -833,7 +834,8 @@ def reproduce(
         raise UsageError(f"which {kind}? for example: focal-cli reproduce {kind} {'8' if kind == 'figure' else '6'}")
     items = find_items(kind, number)
     if families:
-        items = [item.restricted([get_family(name).name for name in families]) for item in items]
+        names = [get_family(name).name for name in families]
+        items = [item.restricted(names) for item in items if item.shows(names)] or [items[0].restricted(names)]
     # with --json the standard output is not the bars'
     generating: Any = (lambda _: nullcontext()) if as_json else GenerateBars
     training: Any = nullcontext if as_json else TrainBars

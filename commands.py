@@ -26,22 +26,35 @@ def generate_command(collection: Collection) -> str | None:
     return shlex.join([*words, "-o", str(collection.source)])
 
 
-def train_command(run_dir: Path, run: Run, collection: Collection) -> str:
-    """The command that trains the same run anew, under the scale whose settings are nearest to the run's."""
+def train_commands(run_dir: Path, run: Run, collection: Collection) -> list[str]:
+    """The commands that train the same run anew, under the scale whose settings are nearest to the run's: one, or where
+    its seeds have gaps one for each row of them."""
     found = flatten(to_dict(run.settings))
     choices = {
         scale: _sets(found, flatten(to_dict(train_settings(run.family, scale, run.settings.algo)))) for scale in SCALES
     }
     scale = min(choices, key=lambda name: len(choices[name]))
-    seeds = run.source.seeds
     words = ["focal-cli", "train", "--collection", str(collection.source), "--data", run.source.quality]
-    words += ["--algo", run.settings.algo, "--scale", scale, "--seed", str(seeds[0]), "--seeds", str(len(seeds))]
-    return shlex.join([*words, "--runs", str(run_dir.parent), "--name", run_dir.name, *choices[scale]])
+    words += ["--algo", run.settings.algo, "--scale", scale]
+    named = ["--runs", str(run_dir.parent), "--name", run_dir.name, *choices[scale]]
+    rows: list[list[int]] = []
+    for seed in sorted(run.source.seeds):
+        if rows and seed == rows[-1][-1] + 1:
+            rows[-1].append(seed)
+        else:
+            rows.append([seed])
+    return [
+        shlex.join(
+            [*words, "--seed", str(row[0]), "--seeds", str(len(row)), *named, *["--resume"] * (row is not rows[0])]
+        )
+        for row in rows
+    ]
 
 
-def test_command(run_dir: Path, document: Mapping[str, Any]) -> str:
-    """The command of one of the files in RUN/tests."""
+def test_command(run_dir: Path, document: Mapping[str, Any], stores: Path | None) -> str:
+    """The command of one of the files in RUN/tests; `stores` is given where the collection has moved."""
     words = ["focal-cli", "test", str(run_dir), "--episodes", str(document["episodes"])]
+    words += ["--stores", str(stores)] if stores else []
     words += ["--test-seed", str(document["test_seed"])]
     if {int(seed) for seed in document["seeds"]} < set(document.get("seeds_of_run", [])):
         words += ["--only-seeds", ",".join(document["seeds"])]

@@ -29,7 +29,7 @@ from .evaluation import (
     verdict,
 )
 from .evaluation.metatest import EXPERT, RIGHT, UNTRAINED, WRONG, ZERO, MetaTestResult
-from .evaluation.run_figures import logged, return_name
+from .evaluation.run_figures import logged, name_context_sizes, return_name
 from .evaluation.tables import write_table
 from .experiment import PlannedRun, RunTest, TrainProgress, TrainRequest, plan_run, raise_failure, test_run, train_jobs
 from .files import write_json
@@ -204,15 +204,14 @@ def compare(request: CompareRequest, progress: TrainProgress | None = None) -> C
     `test_run` do.
     """
     collection = open_collection(request.train.collection)
-    source = context_source(request.protocol, request.unit, request.context_size, 1)
-    if request.context_size:  # else each method's own, which its plan checks
-        source.check(select_test_tasks(collection, request.train.quality))
+    tasks = select_test_tasks(collection, request.train.quality)
     scale = request.train.scale or collection.scale
     name = request.name or comparison_name(collection.family, request.train.quality, scale)
     planned = _plan(request, name, collection.family, scale)
+    size = _context_size(request, planned)
+    context_source(request.protocol, request.unit, size, 1).check(tasks)  # now, not when all are trained
     failures = train_jobs(list(planned.values()), request.train.workers, progress, request.train.ray)
     diverged = _diverged(failures, planned)
-    size = _context_size(request, planned)
     tests = {algo: _test(request, one.run_dir, size) for algo, one in planned.items() if algo not in diverged}
     rows = tuple(
         dataclasses.replace(row, first_stage_seconds=_first_stage_seconds(planned[row.algo])) for row in rank(tests)
@@ -367,6 +366,7 @@ def draw_curves(folder: Path, name: str, tests: dict[str, RunTest]) -> list[Path
     if not curves:
         return []
     label = return_name(next(iter(tests.values())).run.family)
+    curves = name_context_sizes(curves, {algo: (tests[algo].run_dir, tests[algo].results) for algo in curves})
     return figures.return_curves(folder / "return_curves.png", {name: curves}, [label])
 
 

@@ -40,7 +40,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> 
     if not rows:
         console.print("nothing to show")
         return
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=None if title is None else escape(title), title_justify="left", header_style="bold")
     for name in rows[0]:
         numeric = all(isinstance(row[name], int | float) or row[name] == "-" for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")

@@ -101,7 +101,6 @@ class SeedJob:
     resume: bool
     cache: Path | None
     device: str
-    test_context_size: int  # as in `TrainRequest`
     threads: int = 1
     patience: float = 0.0  # seconds to wait for another process that trains this seed
 
@@ -235,6 +234,8 @@ class RunTest:
 
 def choose_collection(stores: Path, env: str | None, collection: Path | str | None) -> Path | str:
     """Return the collection a command means. Raises `UsageError` listing the exact choices when it is not clear."""
+    if collection is not None and env is not None:
+        raise UsageError(f"--env {env} and --collection {collection} each name a collection; leave one of them out")
     if collection is not None:
         return collection
     if env is not None:
@@ -280,13 +281,13 @@ def plan_run(request: TrainRequest) -> PlannedRun:
     if cache is None and not isinstance(collection.source, Folder):
         cache = run_dir.parent / ".cache"  # far away: fetched once for all seeds and runs
     where = request.collection.resolve() if isinstance(request.collection, Path) else request.collection
-    source = RunSource(collection.name, str(where), request.quality, seeds, provenance())
+    size = _test_context_size(request, run_dir)
+    source = RunSource(collection.name, str(where), request.quality, seeds, provenance(), size)
 
     def job(seed: int | None) -> SeedJob:
         return SeedJob(
-            run_dir, request.collection, request.quality, settings, seed, source, request.resume, cache, device,
-            request.test_context_size,
-        )  # fmt: skip
+            run_dir, request.collection, request.quality, settings, seed, source, request.resume, cache, device
+        )
 
     data, run = job(None).run_from_data()  # fails here, before any process starts
     refuse_other_run(run_dir, run)
@@ -424,7 +425,7 @@ def train_job(job: SeedJob, report: Any) -> None:
         first_stage(job.run_dir.parent, run, data, replay, show)
         return
     tests = _test_tasks_or_none(open_collection(job.collection), job.quality)
-    size = job.test_context_size or job.settings.context_size
+    size = job.source.test_context_size or job.settings.context_size
 
     def evaluate(agent: Agent, step: int) -> dict[str, Any]:
         assert tests is not None
@@ -500,6 +501,12 @@ def _settings_and_seeds(
     return override(base, parse_assignments(request.assignments)), seeds
 
 
+def _test_context_size(request: TrainRequest, run_dir: Path) -> int:
+    """A run that is continued keeps its own, whatever command continues it: a curve is of one size."""
+    saved = read_run(run_dir).source.test_context_size if (run_dir / "settings.json").exists() else None
+    return request.test_context_size if saved is None else saved
+
+
 def test_run(
     run_dir: Path,
     stores: Path,
@@ -554,6 +561,11 @@ def last_step(run_dir: Path, seed: int) -> int:
     return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
 
+def has_ended(run_dir: Path, seed: int, total_steps: int) -> bool:
+    """Whether a seed is trained to the end, or was stopped as diverged."""
+    return last_step(run_dir, seed) >= total_steps or (seed_folder(run_dir, seed) / DIVERGED).exists()
+
+
 def divergence(run_dir: Path, seed: int) -> dict[str, Any] | None:
     """Return what diverged.json says of a seed that was stopped: metric, value, step, bound; None where it was not."""
     path = seed_folder(run_dir, seed) / DIVERGED
@@ -598,13 +610,19 @@ def collection_of(run: Run, stores: Path) -> Collection:
         places.append(where)  # last: a copy on this machine is nearer
     elif is_committed(where):
         places.insert(0, Path(where))
+    damaged: list[FocalError] = []
     for place in places:
-        collection = open_collection(place)
+        try:
+            collection = open_collection(place)
+        except FocalError as error:
+            damaged.append(error)  # a good copy may be elsewhere
+            continue
         if collection.content_hash == run.content_hash:
             return collection
+    also = f"; and {damaged[0]}" if damaged else ""
     raise FocalError(
         f"neither {where} nor anything in {stores} is the data this run was trained on (content hash "
-        f"{run.content_hash[:12]}); say with --stores where it is, or train again"
+        f"{run.content_hash[:12]}); say with --stores where it is, or train again{also}"
     )
 
 

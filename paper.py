@@ -23,9 +23,9 @@ from .errors import FocalError, UsageError
 from .evaluation import figures
 from .evaluation.embeddings import embed_tasks, spread, spread_interval
 from .evaluation.metatest import RIGHT, ZERO
-from .evaluation.run_figures import draw_data, logged, return_name
+from .evaluation.run_figures import draw_data, logged, name_context_sizes, return_name
 from .evaluation.tables import write_table
-from .experiment import RunTest, divergence, last_step
+from .experiment import RunTest, divergence, has_ended, last_step
 from .settings import override, parse_assignments, to_dict
 from .sweeps import matrix_row, sweep_run
 from .trainer.methods import train_settings
@@ -93,8 +93,10 @@ class Material:
         return load_agent(self.runs[training], self.trained(training)[0])
 
     def seeds(self, training: Training) -> tuple[int, ...]:
-        """Seeds of a run."""
-        return read_run(self.runs[training]).source.seeds
+        """Seeds of a run that have ended; `compare` may have been stopped in the midst of more than an item needs."""
+        run_dir = self.runs[training]
+        run = read_run(run_dir)
+        return tuple(seed for seed in run.source.seeds if has_ended(run_dir, seed, run.settings.total_steps))
 
     def trained(self, training: Training) -> list[int]:
         """Seeds of a run that have a checkpoint. Raises `FocalError` where all diverged before their first."""
@@ -137,9 +139,18 @@ class Item:
         words = [self.name, *(get_family(family).alias for family in self.only)]
         return "_".join(words).replace(" ", "_").replace("-", "_")
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The families it is about."""
+        return tuple(dict.fromkeys([*self.families, *(training.family for training in self.trainings)]))
+
+    def shows(self, families: Sequence[str]) -> bool:
+        """Whether it is about all of `families`."""
+        return set(families) <= set(self.shown)
+
     def restricted(self, families: Sequence[str]) -> "Item":
         """Return the part of the item that is about `families`. Raises `UsageError` for a family it does not show."""
-        shown = dict.fromkeys([*self.families, *(training.family for training in self.trainings)])
+        shown = self.shown
         if unknown := [family for family in families if family not in shown]:
             about = ", ".join(get_family(family).alias for family in shown) or "no family in particular"
             raise UsageError(f"{self.name} is about {about}, found --env {get_family(unknown[0]).alias}")
@@ -224,10 +235,13 @@ def coupled_and_not(kind: str) -> tuple[Training, ...]:
 def draw_returns(item: Item, material: Material, log_x: bool = False) -> list[Path]:
     """Draw meta-test returns logged during training, a panel per family."""
     panels: dict[str, dict[str, Any]] = {}
+    runs: dict[str, dict[str, tuple[Path, tuple[int, ...]]]] = {}
     for training in item.trainings:
         curve: dict[int, dict[int, float]] = {0: {}}
         if training in material.runs:
-            curve = logged(material.runs[training], material.seeds(training), "evaluation", "test/return")
+            run = material.runs[training], material.seeds(training)
+            runs.setdefault(training.family, {})[material.label(training)] = run
+            curve = logged(*run, "evaluation", "test/return")
         elif training not in material.not_begun:
             continue
         panels.setdefault(training.family, {})[material.label(training)] = curve
@@ -236,6 +250,7 @@ def draw_returns(item: Item, material: Material, log_x: bool = False) -> list[Pa
             f"{item.name}: no run logged a meta-test; do the test tasks have data of its quality? "
             f"focal-cli data show {material.collections[item.trainings[0].family].source}"
         )
+    panels = {family: name_context_sizes(curves, runs.get(family, {})) for family, curves in panels.items()}
     return figures.return_curves(item.file(material), panels, [return_name(family) for family in panels], log_x)
 
 

@@ -2,13 +2,14 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .commands import flatten, generate_command, test_command, train_command
+from .commands import flatten, generate_command, test_command, train_commands
 from .console import quality_rows, task_rows
 from .datasets import QUALITIES, Collection, Selection
 from .evaluation import CONDITIONS, Interval, TestTasks, plots
@@ -23,6 +24,7 @@ from .sweeps import SWEEP_FORMAT
 from .trainer.journal import WALL_CLOCK, read_rows
 from .trainer.runs import Run, load_agent, seed_folder
 
+CommandOf = Callable[[Mapping[str, Any]], str]  # that makes a saved meta-test again
 CURVE_POINTS = 200  # of a training curve; more cannot be seen
 CANVAS = 260
 INTERVALS = "Intervals are 95% over training seeds; one seed is one trained network, and a single seed has none."
@@ -40,9 +42,9 @@ def write_report(run_dirs: Sequence[Path], stores: Path, output: Path, rollouts:
 
     Raises `FocalError` when a run is not fully trained or its collection is not found.
     """
-    again = shlex.join(
-        ["focal-cli", "report", *map(str, run_dirs), "-o", str(output), *([] if rollouts else ["--no-rollouts"])]
-    )
+    run_dirs = [run_dir if run_dir.name not in ("", "..") else run_dir.resolve() for run_dir in run_dirs]
+    words = ["focal-cli", "report", *map(str, run_dirs), "-o", str(output), *([] if rollouts else ["--no-rollouts"])]
+    again = shlex.join([*words, *(["--stores", str(stores)] if stores != Path("stores") else [])])
     pages = [run_page(run_dir, stores, again, f"run{number}", rollouts) for number, run_dir in enumerate(run_dirs)]
     title = pages[0].title if len(pages) == 1 else f"{len(pages)} runs"
     introduction = (
@@ -70,14 +72,16 @@ def run_page(run_dir: Path, stores: Path, again: str, prefix: str, rollouts: boo
         subtitle += f"; without seed {', '.join(diverged)}, whose values diverged"
     page = Page(run_dir.name, subtitle, prefix=prefix)
     collection = tasks.collection
-    add_results(page, run_dir, run, document, tests)
-    add_embeddings(page, run_dir, document)
-    add_training(page, run_dir, run)
+    moved = str(collection.source) != run.source.collection_path
+    command_of = partial(test_command, run_dir, stores=stores if moved else None)
+    add_results(page, run, document, tests, command_of)
+    add_embeddings(page, document, command_of)
+    add_training(page, run_dir, run, seeds)
     if rollouts:
         add_rollouts(page, run_dir, run, tasks, document)
     add_data(page, collection)
     add_settings(page, run)
-    add_commands(page, run_dir, run, collection, document, tests, again)
+    add_commands(page, run_dir, run, collection, [document, *tests], again, command_of)
     return page
 
 
@@ -112,7 +116,7 @@ def main_test(tests: Sequence[Mapping[str, Any]], run: Run, seeds: Sequence[int]
 
 
 def add_results(
-    page: Page, run_dir: Path, run: Run, document: Mapping[str, Any], tests: Sequence[Mapping[str, Any]]
+    page: Page, run: Run, document: Mapping[str, Any], tests: Sequence[Mapping[str, Any]], command_of: CommandOf
 ) -> None:
     """The table of conditions, scores task by task, and every other meta-test of the run."""
     conditions = (
@@ -120,7 +124,7 @@ def add_results(
         f"transitions for each. {INTERVALS}"
     )
     page.add("Results", heading3("Return beside the controls", conditions), table(condition_rows(document)))
-    page.add("Results", command(test_command(run_dir, document)))
+    page.add("Results", command(command_of(document)))
     page.add("Results", heading3("Do embeddings tell the tasks apart?", MEASURES), table(embedding_rows(document)))
     names, scores = task_scores(document)
     if scores:
@@ -136,10 +140,12 @@ def add_results(
     for sweep in (test for test in tests if test["format"] == SWEEP_FORMAT):
         heading = f"How many transitions are enough ({sweep['quality']} context)"
         drawn = plots.sweep(sweep, return_name(run.family))
-        page.add("Results", page.plot(drawn, heading), command(test_command(run_dir, sweep)))
+        page.add("Results", page.plot(drawn, heading), command(command_of(sweep)))
     others = [test for test in tests if test["format"] == TEST_FORMAT]
     if len(others) > 1:
-        page.add("Results", heading3("All meta-tests of this run"), table([test_row(run_dir, test) for test in others]))
+        page.add(
+            "Results", heading3("All meta-tests of this run"), table([test_row(test, command_of) for test in others])
+        )
 
 
 def condition_rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -182,7 +188,7 @@ def task_scores(document: Mapping[str, Any]) -> tuple[list[str], dict[str, np.nd
     return (names if scores else []), scores
 
 
-def test_row(run_dir: Path, test: Mapping[str, Any]) -> dict[str, Any]:
+def test_row(test: Mapping[str, Any], command_of: CommandOf) -> dict[str, Any]:
     """One meta-test as a line."""
     right = test["summary"][CONDITIONS[0]]
     first = next(iter(test["seeds"].values()))
@@ -195,11 +201,11 @@ def test_row(run_dir: Path, test: Mapping[str, Any]) -> dict[str, Any]:
         return_name(first["family"]): _interval(right["mean"]),
         "normalised score": _interval(right["score"]),
         "task accuracy": _interval(test["task_accuracy"]),
-        "command": test_command(run_dir, test),
+        "command": command_of(test),
     }
 
 
-def add_embeddings(page: Page, run_dir: Path, document: Mapping[str, Any]) -> None:
+def add_embeddings(page: Page, document: Mapping[str, Any], command_of: CommandOf) -> None:
     """The first seed's embeddings, in the plane and to be turned in space."""
     seed, first = next(iter(document["seeds"].items()))
     embeddings = np.array(first["embeddings"])  # (K, E, L)
@@ -213,23 +219,23 @@ def add_embeddings(page: Page, run_dir: Path, document: Mapping[str, Any]) -> No
         "Embeddings",
         page.plot(plots.embeddings_flat(points, task_of, names), "In the plane", note),
         page.plot(plots.embeddings_in_space(points, task_of, names), "In space", "Principal directions; drag to turn."),
-        command(test_command(run_dir, document)),
+        command(command_of(document)),
     )
 
 
-def add_training(page: Page, run_dir: Path, run: Run) -> None:
-    """Meta-test returns during training, then everything that training logged."""
-    seeds = run.source.seeds
+def add_training(page: Page, run_dir: Path, run: Run, seeds: Sequence[int]) -> None:
+    """Meta-test returns of the tested `seeds` during training, then everything that any seed logged."""
     if curves := context_curves(run_dir, seeds):
         note = (
             "Two episodes a task at each point, on other episode seeds than the results. Command: see the Commands tab."
         )
         drawn = plots.curves(curves, return_name(run.family))
         page.add("Training", page.plot(drawn, "Return on the test tasks", note))
-    rows: Any = read_rows(seed_folder(run_dir, seeds[0]) / "metrics.jsonl")
+    every = run.source.seeds
+    rows: list[Any] = [row for seed in every for row in read_rows(seed_folder(run_dir, seed) / "metrics.jsonl")]
     keys = sorted({key for row in rows for key in row if "/" in key and not key.startswith(WALL_CLOCK)})
-    lines = {key: {seed: _thin(c) for seed, c in logged(run_dir, seeds, "metrics", key).items()} for key in keys}
-    small = [page.plot(plots.seed_lines(values, key), key) for key, values in lines.items() if all(values.values())]
+    lines = {key: {seed: _thin(c) for seed, c in logged(run_dir, every, "metrics", key).items() if c} for key in keys}
+    small = [page.plot(plots.seed_lines(values, key), key) for key, values in lines.items() if values]
     page.add("Training", heading3("Everything that training logged", "A line per seed."), page.grid(small))
 
 
@@ -250,9 +256,7 @@ def add_rollouts(page: Page, run_dir: Path, run: Run, tasks: TestTasks, document
         return
     frames, how = render_frames(tasks, played)
     if frames is None:
-        page.add(
-            "Rollouts", paragraph(f"No frames: MuJoCo could not render here ({how}). With a GL driver, type it again.")
-        )
+        page.add("Rollouts", paragraph(f"No frames: {how}."))
         return
     recorded = {"frames": frames, "milliseconds": 80}
     page.add(
@@ -311,16 +315,20 @@ def add_settings(page: Page, run: Run) -> None:
 
 
 def add_commands(
-    page: Page, run_dir: Path, run: Run, collection: Collection, document: Mapping[str, Any],
-    tests: Sequence[Mapping[str, Any]], again: str,
+    page: Page, run_dir: Path, run: Run, collection: Collection, tests: Sequence[Mapping[str, Any]], again: str,
+    command_of: CommandOf,
 ) -> None:  # fmt: skip
     """The commands that make everything on this page again, in order."""
     generated = generate_command(collection)
     page.add("Commands", heading3("1. Data"))
     page.add("Commands", command(generated) if generated else paragraph("imported or derived: see the Data tab"))
-    page.add("Commands", heading3("2. Training"), command(train_command(run_dir, run, collection)))
-    lines = dict.fromkeys([test_command(run_dir, document), *(test_command(run_dir, test) for test in tests)])
-    page.add("Commands", heading3("3. Meta-tests"), *map(command, lines))
+    page.add("Commands", heading3("2. Training"), *map(command, train_commands(run_dir, run, collection)))
+    if size := run.source.test_context_size:
+        page.add("Commands", paragraph(
+            f"Trained by focal-cli compare or reproduce, whose meta-tests during training have contexts of {size}, not "
+            f"of {run.settings.context_size} as with this command. The networks are the same."
+        ))  # fmt: skip
+    page.add("Commands", heading3("3. Meta-tests"), *map(command, dict.fromkeys(map(command_of, tests))))
     page.add("Commands", heading3("4. This report"), command(again))
 
 

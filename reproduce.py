@@ -20,14 +20,13 @@ from .datagen import GenerateRequest, generate, generate_settings
 from .datasets import Collection, is_committed, open_collection, settings_in_effect
 from .envs import get_family
 from .errors import DivergedError, FocalError, UsageError
-from .experiment import TrainRequest, last_step, train_run
+from .experiment import TrainRequest, has_ended, last_step, train_run
 from .files import write_json
 from .paper import ITEMS, Item, Material, Training, table_matrix, table_power_law, table_settings
 from .provenance import provenance
 from .settings import to_dict
 from .trainer.methods import METHODS
-from .trainer.runs import Run, read_run, seed_folder
-from .trainer.training import DIVERGED
+from .trainer.runs import read_run
 
 NEEDS_NOTHING = (table_settings, table_power_law)  # settings are known before anything is made
 
@@ -197,11 +196,7 @@ def _is_there(
         return False
     run, asked = read_run(run_dir), (training.settings(scale), quality, collection.content_hash)
     same = (run.settings, run.source.quality, run.content_hash) == asked
-    here = run.source.seeds
-    return same and set(here) >= set(seeds) and all(_ended(run_dir, seed, run, training) for seed in here)
-
-
-def _ended(run_dir: Path, seed: int, run: Run, training: Training) -> bool:
-    """Whether a seed is trained to the end, or was stopped as diverged where that may be."""
-    diverged = training.may_diverge and (seed_folder(run_dir, seed) / DIVERGED).exists()
-    return diverged or last_step(run_dir, seed) >= run.settings.total_steps
+    total = run.settings.total_steps
+    trained = all(last_step(run_dir, seed) >= total for seed in seeds)
+    ended = all(has_ended(run_dir, seed, total) for seed in seeds)
+    return same and set(run.source.seeds) >= set(seeds) and (trained or (ended and training.may_diverge))

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..envs import Rollouts, TaskFamily, make_batch
 from ..envs.batch import env_class
+from ..envs.locomotion import LocomotionEnv
 from ..envs.point_robot import GOAL_RADIUS, PointRobotEnv
 from ..trainer.agent import Agent
 from .metatest import OfflineTransitions, TestTasks, episode_seeds, play_agent
@@ -72,9 +73,11 @@ def point_paths(tasks: TestTasks, played: Played) -> dict[str, Any]:
 def render_frames(tasks: TestTasks, played: Played) -> tuple[list[list[str]] | None, str]:
     """Render the right-context episodes as lists of data: URLs (JPEG); None, and why, where nothing can render.
 
-    In a process of its own: MuJoCo picks its renderer from MUJOCO_GL when it is first imported, and a missing driver
-    may end a process.
+    Only of the built-in families: the process imports no other. In a process of its own: MuJoCo picks its renderer from
+    MUJOCO_GL when it is first imported, and a missing driver may end a process.
     """
+    if env_class(tasks.family).__module__ != LocomotionEnv.__module__:
+        return None, "they are drawn of the built-in MuJoCo families only"
     tried = [os.environ["MUJOCO_GL"]] if os.environ.get("MUJOCO_GL") in BACKENDS else list(BACKENDS)
     reasons = []
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +95,7 @@ def render_frames(tasks: TestTasks, played: Played) -> tuple[list[list[str]] | N
                 return [_as_urls(Path(folder), e) for e in range(len(played.tasks))], f"MUJOCO_GL={backend}"
             last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
             reasons.append(f"MUJOCO_GL={backend}: {last[:200]}")
-    return None, "; ".join(reasons)
+    return None, f"MuJoCo could not render here ({'; '.join(reasons)}); with a GL driver, type it again"
 
 
 def _job(tasks: TestTasks, played: Played) -> dict[str, Any]:

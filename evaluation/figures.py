@@ -210,7 +210,9 @@ def context_size_curve(path: Path, sweeps: Mapping[str, Any], ylabels: Mapping[s
             right.text(0.99, chance + 0.01, f"chance {chance:.2f}", ha="right", va="bottom",
                        transform=right.get_yaxis_transform())  # fmt: skip
             left.set_ylabel(ylabels[title])
-            right.set(ylabel="task accuracy", ylim=(0, 1.05))
+            most = sweep.largest_judged
+            limited = "" if sweep.sizes[-1] <= most else f"\nof at most {most:,} transitions"
+            right.set(ylabel=f"task accuracy{limited}", ylim=(0, 1.05))
         return save(figure, path)
 
 

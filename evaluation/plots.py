@@ -103,7 +103,9 @@ def sweep(document: Mapping[str, Any], ylabel: str) -> Plot:
     result = plot(data, "context transitions", ylabel)
     result["layout"]["xaxis"] |= {"type": "log", "tickvals": document["sizes"]}
     result["layout"]["yaxis"]["rangemode"] = "tozero"
-    right = {"title": {"text": "task accuracy"}, "overlaying": "y", "side": "right", "showgrid": False}
+    most = document["accuracy_of_at_most"]
+    words = "task accuracy" if document["sizes"][-1] <= most else f"task accuracy, of at most {most:,} transitions"
+    right = {"title": {"text": words}, "overlaying": "y", "side": "right", "showgrid": False}
     result["layout"]["yaxis2"] = right | {"range": [0, 1.05], "tickmode": "linear", "dtick": 0.2}
     result["layout"]["margin"]["t"] = 40  # the buttons would stand on the right axis
     return result

@@ -98,8 +98,23 @@ class Shift(ContextSource):
 
     protocol: ClassVar[str] = "shift"
 
-    def gather(self, agent: Agent, tasks: TestTasks, envs: BatchedEnvs, seed: int) -> Contexts:
+    def check(self, tasks: TestTasks) -> None:
         """See `ContextSource`. Raises `FocalError` for a single task, or a collection without behaviour policies."""
+        collection = tasks.collection
+        if len(tasks.entries) < 2:
+            raise FocalError(f"--protocol shift needs another test task, {collection.source} has 1 with such data")
+        for entry in tasks.entries:
+            for step in _checkpoints(entry, tasks.quality):
+                name = f"{_policy_name(entry, step)}.json"
+                if name not in collection.files:
+                    raise FocalError(
+                        f"{collection.source} has no {name}: --protocol shift rolls behaviour policies out, and "
+                        "imported data have none; use --protocol offline"
+                    )
+
+    def gather(self, agent: Agent, tasks: TestTasks, envs: BatchedEnvs, seed: int) -> Contexts:
+        """See `ContextSource`. Raises as `check` does."""
+        self.check(tasks)
         played = self._play(tasks, envs, seed)
         data, rng = join_episodes(played), _generator(seed, DRAW_STREAM)
         steps = [self._choose(rng, len(one.rows)) for one in data]
@@ -285,25 +300,21 @@ def _policies_of_others(tasks: TestTasks, envs: BatchedEnvs, seed: int) -> list[
     tasks in all episodes, of ten in a tenth.
     """
     count, rng = len(tasks.entries), _generator(seed, POLICY_STREAM)
-    if count < 2:
-        raise FocalError(f"--protocol shift needs another test task, {tasks.collection.source} has 1 with such data")
     steps = [_checkpoints(entry, tasks.quality) for entry in tasks.entries]
     loaded: dict[str, TanhGaussianPolicy] = {}
     policies = []
     for m, k in enumerate(task_of_episode(tasks, envs)):
         episode = m % (len(envs.tasks) // count)
         other = (k + 1 + episode % (count - 1)) % count
-        step = rng.choice(steps[other])
-        name = f"policies/task_{tasks.entries[other].index:04d}/step_{step:09d}"
-        if f"{name}.json" not in tasks.collection.files:
-            raise FocalError(
-                f"{tasks.collection.source} has no {name}.json: --protocol shift rolls behaviour policies out, and "
-                "imported data have none; use --protocol offline"
-            )
+        name = _policy_name(tasks.entries[other], rng.choice(steps[other]))
         if name not in loaded:
             loaded[name] = read_policy(tasks.collection, name)
         policies.append(loaded[name])
     return policies
+
+
+def _policy_name(entry: TaskEntry, step: int) -> str:
+    return f"policies/task_{entry.index:04d}/step_{step:09d}"
 
 
 def _checkpoints(entry: TaskEntry, quality: str) -> np.ndarray:

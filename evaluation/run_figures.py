@@ -97,6 +97,23 @@ def context_curves(run_dir: Path, seeds: Iterable[int]) -> dict[str, dict[int, d
     return {name: curve for name, curve in curves.items() if all(curve.values())}
 
 
+def name_context_sizes(curves: Mapping[str, Any], runs: Mapping[str, tuple[Path, Iterable[int]]]) -> dict[str, Any]:
+    """Return curves by label, with their meta-tests' context sizes in the labels where these are not all the same.
+
+    `runs[label]` is a curve's run folder and seeds; a label without a run stays as it is.
+    """
+    sizes = {
+        label: sorted(
+            {size for seed in logged(*run, "evaluation", "test/context_size").values() for size in seed.values()}
+        )
+        for label, run in runs.items()
+    }
+    if len({size for found in sizes.values() for size in found}) < 2:
+        return dict(curves)
+    words = {label: f", contexts of {' and '.join(map(str, found))}" for label, found in sizes.items() if found}
+    return {label + words.get(label, ""): curve for label, curve in curves.items()}
+
+
 def logged(run_dir: Path, seeds: Iterable[int], log: str, key: str) -> dict[int, dict[int, float]]:
     """Return `values[seed][step]` of one field of a run's logs; `log` is "metrics" or "evaluation"."""
     values: dict[int, dict[int, float]] = {}

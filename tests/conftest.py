@@ -131,6 +131,7 @@ def build_collection(
     unreached: Sequence[int] = (),
     rule: QualityRule | None = None,
     commit: bool = True,
+    scale: str = "smoke",
     **rollout: Any,
 ) -> Any:
     """Write a collection of `tasks` tasks, the last `test` of them for testing (all for both where `both`).
@@ -146,7 +147,7 @@ def build_collection(
         authors=("Ada Lovelace",),
         seed=seed,
         tasks_from="seed",
-        scale="smoke",
+        scale=scale,
         settings={"episodes": episodes, "skills": list(skills)},
         train=indices if both else indices[: tasks - test],
         test=indices if both else indices[tasks - test :],

@@ -24,6 +24,29 @@ def folders(point_run):
     return point_run
 
 
+def test_a_damaged_collection_does_not_hide_a_good_copy(folders, tmp_path):
+    run, stores = tmp_path / "runs" / "point", tmp_path / "stores"
+    shutil.copytree(folders[3] / "point", run, ignore=shutil.ignore_patterns("tests"))
+    shutil.copytree(folders[1] / "sparse-point-robot", stores / "b")
+    shutil.copytree(folders[1] / "sparse-point-robot", stores / "a")
+    (stores / "a" / "dataset.json").write_text("{}")
+    settings = json.loads((run / "settings.json").read_text())
+    for place in ("a", "gone"):  # where the run's data were
+        settings["collection"]["path"] = str(stores / place)
+        (run / "settings.json").write_text(json.dumps(settings))
+        cli("test", run, "--episodes", 1, "--no-figures", "--stores", stores)
+    shutil.rmtree(stores / "b")
+    line = cli("test", run, "--episodes", 1, "--no-figures", "--stores", stores, code=1)
+    assert f"neither {stores / 'gone'} nor anything in {stores} is the data" in line
+    assert str(stores / "a" / "dataset.json") in line
+
+
+def test_a_collection_is_named_once(folders):
+    words = ["--env", "walker", "--collection", folders[1] / "sparse-point-robot", "--data", "mixed", *folders[2:]]
+    for verb in ("train", "compare"):
+        assert "each name a collection; leave one of them out" in cli(verb, *words, code=2)
+
+
 def test_protocols_are_told_and_kept(folders):
     tests = folders[3] / "point" / "tests"
     for words, name, size in (
@@ -92,7 +115,7 @@ def test_some_seeds_alone(folders):
     swept = json.loads(cli("test", "--sweep", "--sizes", 2, "--only-seeds", "1", "--episodes", 2, "--json", *folders))
     assert list(swept["seeds"]) == ["1"]
     for document in (told, swept):
-        assert "--only-seeds 1" in commands.test_command(folders[3] / "point", document)
+        assert "--only-seeds 1" in commands.test_command(folders[3] / "point", document, None)
     assert "has no seed 7, it has 0,1; --only-seeds 0,1" in cli("test", "--only-seeds", "1,7", *folders, code=2)
 
 

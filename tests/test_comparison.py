@@ -22,6 +22,7 @@ from focal.comparison import (
     split_assignments,
 )
 from focal.evaluation import protocols
+from focal.evaluation.run_figures import name_context_sizes
 from focal.experiment import RunTest, TrainRequest
 from focal.paper import ITEMS
 from focal.trainer import methods
@@ -201,7 +202,7 @@ def test_the_runs_of_a_comparison_are_those_of_figure_3(folders, scale, tmp_path
         assert same.name(scale) == planned[algo].run_dir.name
         assert same.settings(scale) == planned[algo].settings
         size = {"smoke": 32, "laptop": 128}[scale]  # MBML, which trains with 16 and 64, too
-        assert same.test_context_size(scale) == planned[algo].seeds[0].test_context_size == size
+        assert same.test_context_size(scale) == planned[algo].source.test_context_size == size
         assert not training.changes
 
 
@@ -228,6 +229,50 @@ def test_a_method_that_diverges_does_not_hide_the_others(folders, monkeypatch):
     assert reason.startswith("batch-pearl: seed 0: values diverge")
     assert "not in the table: batch-pearl" in cli(*command, "--algos", "batch-pearl,contextual-bcq")
     assert "values diverge" in cli(*command, "--algos", "batch-pearl", code=1)  # nothing to show
+
+
+def test_a_curve_is_of_one_context_size_whatever_command_continues_its_run(folders, monkeypatch):
+    monkeypatch.setattr("focal.experiment.run_jobs", run_here)
+    words = ["--data", "mixed", *folders, "--set", "steps=4", "--set", "eval_every=2"]
+    names = ["--set", "mbml:teachers.steps=2", "--set", "mbml:teachers.rewards.steps=2"]
+    cli("compare", "--algos", "mbml", "--seeds", 1, "--episodes", 2, "--name", "begun", *words, *names)
+    cli("train", "--data", "mixed", "--name", "begun-mbml", "--seed", 1, "--resume", *folders)
+    logs = [folders[3] / "begun-mbml" / f"seed_{seed}" / "evaluation.jsonl" for seed in (0, 1)]
+    rows = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    assert [row["test/context_size"] for row in rows] == [32] * 4, "MBML's own is 16"
+
+
+def test_curves_name_their_context_sizes_where_they_differ(tmp_path):
+    for name, sizes in {"a": (8, 8), "b": (16,), "old": (8, 16), "none": (None,)}.items():
+        folder = tmp_path / name / "seed_0"
+        folder.mkdir(parents=True)
+        lines = [json.dumps({"step": step, "test/context_size": size}) for step, size in enumerate(sizes)]
+        (folder / "evaluation.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+    def labels(*names):
+        return list(name_context_sizes(dict.fromkeys([*names, "diverged"]), {n: (tmp_path / n, (0,)) for n in names}))
+
+    assert labels("a", "none") == ["a", "none", "diverged"]
+    assert labels("a", "b", "none") == ["a, contexts of 8", "b, contexts of 16", "none", "diverged"]
+    assert labels("old") == ["old, contexts of 8 and 16", "diverged"]
+
+
+def test_tests_that_cannot_be_are_refused_before_training(make_collection, tmp_path):
+    """No test task has the quality; shift has no policies to roll out, or only one test task."""
+    failed = make_collection(tasks=4, test=2, unreached=(2, 3)).path
+    words = ["--runs", tmp_path, "--algos", "focal", "--seeds", 1]
+    assert "no test task of" in cli("compare", "--collection", failed, "--data", "expert", *words, code=1)
+    two, one = (make_collection(tasks=4, test=test).path for test in (2, 1))
+    shift = ["--data", "mixed", "--protocol", "shift", "--context-size", 4, "--set", "context_size=4", *words]
+    assert "--protocol shift rolls behaviour policies out" in cli("compare", "--collection", two, *shift, code=1)
+    assert "--protocol shift needs another test task" in cli("compare", "--collection", one, *shift, code=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_is_no_markup(folders, monkeypatch):
+    monkeypatch.setattr("focal.experiment.run_jobs", run_here)
+    command = ["compare", "--data", "mixed", "--algos", "batch-pearl", "--seeds", 1, "--episodes", 2, *folders]
+    assert "a[bold]b: " in cli(*command, "--name", "a[bold]b", "--set", "steps=2")
 
 
 def test_the_seeds_asked_for_count(folders, monkeypatch):

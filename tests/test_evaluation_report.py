@@ -1,22 +1,26 @@
 """The report: one file that fetches nothing, says what was measured and how, and works in a real browser."""
 
+import dataclasses
 import html.parser
 import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from plotly.offline import get_plotlyjs
 
 from focal import commands, experiment, reporting, settings
 from focal.cli import main
 from focal.datagen import generate_settings
 from focal.datasets import open_collection
 from focal.envs import get_family, make_batch, rollout
+from focal.envs.locomotion import LocomotionEnv
 from focal.evaluation import Interval, animation, plots
 from focal.evaluation.report import Page, render_page, table
 from focal.experiment import TEST_FORMAT
@@ -96,7 +100,7 @@ def test_it_holds_the_numbers_and_their_commands(report, point_run):
         assert condition in text
         assert str(Interval(**main_test["summary"][condition]["mean"])) in text
     for document in tests.values():
-        assert commands.test_command(run, document) in text
+        assert commands.test_command(run, document, None) in text
     assert shlex.join(["focal-cli", "report", str(run), str(run), "-o", str(report)]) in text, "of both runs"
     collection = open_collection(point_run[1] / "sparse-point-robot")
     for fact in (collection.content_hash, collection.licence, "--env point", "context_reward", "Software and hardware"):
@@ -106,14 +110,21 @@ def test_it_holds_the_numbers_and_their_commands(report, point_run):
 def test_its_commands_say_exactly_what_was_done(point_run):
     run_dir = point_run[3] / "point"
     run, tasks = experiment.testable(run_dir, point_run[1], None)
-    words = shlex.split(commands.train_command(run_dir, run, tasks.collection))
+    (line,) = commands.train_commands(run_dir, run, tasks.collection)
+    words = shlex.split(line)
     options = dict(zip(words[2::2], words[3::2], strict=True))
     assert options["--scale"] == "smoke"
     assert "--set" not in options
     changed = settings.override(run.settings, {"tau": 0.5, "control_hidden": (7, 8), "hide_x": False, "steps": 61})
-    words = shlex.split(
-        commands.train_command(run_dir, SimpleNamespace(**vars(run) | {"settings": changed}), tasks.collection)
+    source = dataclasses.replace(run.source, seeds=(0, 1, 5))
+    first, second = commands.train_commands(
+        run_dir, SimpleNamespace(**vars(run) | {"settings": changed, "source": source}), tasks.collection
     )
+    assert "--seed 0 --seeds 2" in first
+    assert "--resume" not in first
+    assert "--seed 5 --seeds 1" in second
+    assert second.endswith(" --resume")
+    words = shlex.split(first)
     pairs = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     assert sorted(pairs) == ["control_hidden=7,8", "steps=61", "tau=0.5"]
     base = train_settings(run.family, words[words.index("--scale") + 1])
@@ -138,6 +149,11 @@ def test_a_run_with_a_seed_that_diverged_is_reported_without_it(point_run, tmp_p
     assert "without seed 1, whose values diverged" in text
     assert "(1 seed)" in text
     assert "--only-seeds 0" in text
+    whole = path.read_text().count("application/json")
+    for log in (run / "seed_1").glob("*.jsonl"):
+        log.write_text("")  # it diverged before it logged anything
+    cli("report", run, "--no-rollouts", "-o", path, *point_run[:2])
+    assert path.read_text().count("application/json") == whole > 10, "what the other seed logged is shown"
 
 
 def test_scores_keep_their_tasks_names_where_an_expert_failed():
@@ -159,11 +175,12 @@ def test_what_does_not_exist_is_a_dash_in_a_table():
         "summary": {"right context": {"mean": interval, "score": None}}, "task_accuracy": interval,
         "seeds": {"0": {"quality": "mixed", "family": "half-cheetah-vel", "tasks": [3, 4]}},
     }  # fmt: skip
-    row = reporting.test_row(Path("runs/x"), test)
+    command_of = partial(commands.test_command, Path("runs/x"), stores=None)
+    row = reporting.test_row(test, command_of)
     assert row["normalised score"] is None
     assert row["return"] == "1.00 (1 seed)"
     assert "<td>-</td>" in table([row])
-    row = reporting.test_row(Path("runs/x"), test | {"tasks_with": ["random", "mixed"]})
+    row = reporting.test_row(test | {"tasks_with": ["random", "mixed"]}, command_of)
     assert row["context"] == "mixed, 8 transitions, the 2 tasks with every quality"
     assert "--matrix" in row["command"]
 
@@ -209,7 +226,10 @@ def test_tests_of_other_data_or_of_fewer_steps_are_not_shown(tmp_path):
 def test_error_bars_reach_both_ends_of_an_interval_that_is_not_symmetric():
     row = {"mean": 2.0, "low": 1.5, "high": 4.0}
     document = {"sizes": [1], "summary": {"return": {"1": row}, "accuracy": {"1": row | {"low": None}}}}
-    first, second = plots.sweep(document, "sparse return")["data"]
+    drawn = [plots.sweep(document | {"accuracy_of_at_most": most}, "sparse return") for most in (0.5, 1)]
+    titles = [plot["layout"]["yaxis2"]["title"]["text"] for plot in drawn]
+    assert titles == ["task accuracy, of at most 0.5 transitions", "task accuracy"]
+    first, second = drawn[0]["data"]
     assert (first["error_y"]["array"], first["error_y"]["arrayminus"]) == ([2.0], [0.5])
     assert first["error_y"]["symmetric"] is False
     assert "error_y" not in second
@@ -227,9 +247,11 @@ def test_names_from_data_cannot_become_code():
         "Results", table([{"<b>": "</td><script>alert(2)</script>"}]), page.plot({"data": ["</script><script>"]}, "<i>")
     )
     document = render_page("x", "y", [page])
-    shown = document.split("<main>")[1].split("<script>")[0]
-    assert "<script>alert" not in shown
-    assert "</script><script>" not in shown.replace("</script><script type=", "")
+    shown = document.partition("<main>")[2].partition(f"<script>{get_plotlyjs()[:80]}")[0]
+    assert shown.count("alert(") == shown.count("&lt;script&gt;alert(") > 1
+    opened = re.findall(r"<script[^>]*>", shown)
+    assert [tag.partition(" id=")[0] for tag in opened] == ["<script type='application/json'"], "the plot's own"
+    assert shown.count("</script>") == 1
     assert "<b>" not in shown
     assert "<i>" not in shown
 
@@ -260,7 +282,11 @@ def test_where_nothing_renders_it_is_said(monkeypatch):
     played = animation.Played((0,), family.fixed_tasks[:1], (1,), rollouts, None)
     frames, how = animation.render_frames(SimpleNamespace(family=family), played)
     assert frames is None
-    assert how.startswith("MUJOCO_GL=nonsense: ")
+    assert how.startswith("MuJoCo could not render here (MUJOCO_GL=nonsense: ")
+    own = SimpleNamespace(env_id="focal/Own-v0")
+    monkeypatch.setattr(animation, "env_class", lambda family: type("OwnEnv", (LocomotionEnv,), {}))
+    how = animation.render_frames(SimpleNamespace(family=own), played)[1]
+    assert how == "they are drawn of the built-in MuJoCo families only"
 
 
 @pytest.fixture(scope="module")

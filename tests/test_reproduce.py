@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import json
+import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,8 +14,8 @@ from PIL import Image
 from focal import FocalError, UsageError
 from focal.cli import main
 from focal.datasets import open_collection
-from focal.paper import ITEMS, LEVELS, POINT, VEL, WIND, Training
-from focal.reproduce import find_items, refuse_unknown
+from focal.paper import ITEMS, LEVELS, POINT, VEL, WIND, Material, Training
+from focal.reproduce import collection_at, find_items, refuse_unknown
 
 
 def cli(*arguments, code=0):
@@ -91,6 +93,9 @@ def test_a_part_of_an_item_is_about_the_families_asked_for():
     assert part.trainings == tuple(t for t in ITEMS["figure 3"].trainings if t.family in (POINT, WIND))
     assert part.stem == "figure_3_point_wind", "beside the whole figure, not in its place"
     assert find_items("table", "2")[0].restricted([WIND]).families == (WIND,)
+    assert [item.name for item in find_items("figure", "4") if item.shows([VEL])] == ["figure 4b"]
+    line = cli("reproduce", "figure", "4", "--env", "wind", code=2)
+    assert "figure 4a is about walker, found --env wind" in line
     with pytest.raises(UsageError, match="figure 8 is about point, found --env wind"):
         find_items("figure", "8")[0].restricted([WIND])
     assert "unknown task family 'foo'" in cli("reproduce", "figure", "8", "--env", "foo", code=2)
@@ -131,7 +136,40 @@ def test_figure_8_generates_once_and_then_uses_what_is_there(folders):
     assert files[1].read_bytes() == first, "the same data, the same picture"
 
 
-def test_a_collection_of_another_scale_is_left_alone(folders, make_collection, tmp_path):
+def test_a_collection_of_another_scale_has_a_folder_beside(make_collection, tmp_path, monkeypatch):
+    stores = tmp_path / "stores"
+    usual = make_collection(stores / POINT)
+    before = (stores / POINT / "dataset.json").read_bytes()
+    made = []
+
+    def generate(request, bars):
+        made.append((request.path, request.scale))
+        return make_collection(request.path, scale=request.scale)
+
+    monkeypatch.setattr("focal.reproduce.generate", generate)
+    for _ in range(2):
+        found = collection_at(POINT, "laptop", stores, lambda family: nullcontext(), 1)
+        assert (found.path, found.scale) == (stores / f"{POINT}-laptop", "laptop")
+    assert collection_at(POINT, "smoke", stores, lambda family: nullcontext(), 1).content_hash == usual.content_hash
+    assert made == [(stores / f"{POINT}-laptop", "laptop")], "once"
+    assert (stores / POINT / "dataset.json").read_bytes() == before
+
+
+def test_only_seeds_that_have_ended_are_drawn(point_run, tmp_path):
+    """`compare` may have been stopped in the midst of more seeds than a figure needs."""
+    run_dir = tmp_path / "point"
+    shutil.copytree(point_run[3] / "point", run_dir)
+    training = Training(POINT, "mixed", "")
+    material = Material("smoke", tmp_path, {}, {training: run_dir}, tmp_path)
+    assert material.seeds(training) == (0, 1)
+    for checkpoint in sorted((run_dir / "seed_1" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(checkpoint)
+    assert material.seeds(training) == (0,)
+    (run_dir / "seed_1" / "diverged.json").write_text("{}")
+    assert material.seeds(training) == (0, 1), "as far as it went"
+
+
+def test_a_collection_of_other_settings_is_used_with_a_note(folders, make_collection, tmp_path):
     path = tmp_path / "stores" / POINT
     collection = make_collection(path)  # says it is of scale smoke
     assert collection.scale == "smoke"

@@ -42,6 +42,7 @@ class RunSource:
     quality: str = ""  # quality level trained on
     seeds: tuple[int, ...] = ()  # all seeds of the run; name them up front where several processes train at once
     provenance: Mapping[str, Any] = field(default_factory=dict)  # plain JSON: versions, commit, hardware, command
+    test_context_size: int | None = None  # of the meta-tests during training, 0: as trained; None: an older run
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Run:
             "obs_dim": self.obs_dim,
             "act_dim": self.act_dim,
             "settings": to_dict(self.settings),
+            "test_context_size": source.test_context_size,
             "observation_transform": self.transform.to_json(),
             "provenance": dict(source.provenance),
         }
@@ -131,6 +133,7 @@ def read_run(run_dir: Path) -> Run:
             str(values["quality"]),
             tuple(int(seed) for seed in values["seeds"]),
             dict(values["provenance"]),
+            values.get("test_context_size"),
         )
         return Run(
             settings=saved_settings(values["settings"]),
