@@ -464,7 +464,7 @@ def training_data(collection: Collection, quality: str, cache: Path | None = Non
         tasks=[transitions for _, transitions in loaded],
         obs_dim=family.obs_dim,
         act_dim=family.act_dim,
-        absolute_x=loaded[0][0].record.absolute_x,
+        absolute_x=family.absolute_x,
         content_hash=collection.content_hash,
     )
 

@@ -17,23 +17,39 @@ TEMPORARY = ".tmp-"
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed over `path`, else removed.
 
-    Raises `DiskFullError`.
+    With `replace` False a `path` that there is by then is kept: `FileExistsError`. Raises `DiskFullError`.
     """
     temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         sync(temporary)
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _rename_to_new(temporary, path)
         sync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if is_disk_full(error):
             raise disk_full(path) from error
         raise
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename it refuses a path that there is
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: somebody may still come between these two lines
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -12,6 +12,7 @@ file that differs anywhere: there is no room for hidden data, overlapping or com
 contradict each other, which Python's zipfile lets pass. What it refuses is named before anything is read or written.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -25,7 +26,16 @@ from typing import BinaryIO, NamedTuple
 
 from ..errors import FocalError
 from .bag import FETCH_AGAIN, MAX_FILES, MAX_NAME, check_names, check_sizes, name_fault
-from .storage import atomic_path, create_locked, make_folder, reading, remove_temporaries, write_all, writing
+from .storage import (
+    atomic_path,
+    create_locked,
+    made_meanwhile,
+    make_folder,
+    reading,
+    remove_temporaries,
+    write_all,
+    writing,
+)
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -114,11 +124,14 @@ class Archive:
 def write_archive(path: Path, top: str, names: Iterable[str], read: Callable[[str], bytes]) -> None:
     """Write the files `names`, whose content `read` gives, to the bundle file `path` below the folder `top`.
 
-    It is born whole: written under a temporary name, then renamed over `path`. Raises `FocalError` for a full disk.
+    It is born whole: written under a temporary name, then renamed. Raises `FocalError` for a full disk, or where `path`
+    is there by then, which is kept.
     """
     make_folder(path.parent)
     remove_temporaries(path.parent, path.name)
-    with writing(path), atomic_path(path) as temporary, create_locked(temporary) as file:
+    with (
+        writing(path), _new_file(path), atomic_path(path, replace=False) as temporary, create_locked(temporary) as file,
+    ):  # fmt: skip
         directory, place, count = [], 0, 0
         for name in sorted(names):
             data = read(name)
@@ -129,6 +142,14 @@ def write_archive(path: Path, top: str, names: Iterable[str], read: Callable[[st
             place, count = place + _LOCAL.size + len(full) + len(data), count + 1
         size = sum(map(len, directory))
         write_all(file, b"".join(directory) + _end(count, size, place))
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise FocalError(made_meanwhile(path)) from None
 
 
 def open_archive(path: Path, max_size: int) -> Archive:

@@ -52,7 +52,7 @@ def load_cached(cache: Path, entry: TaskEntry, selection: Any, read: Callable[[]
             return None
         make_folder(cache)
         remove_temporaries(cache, folder.name)
-        with new_folder(folder) as temporary:
+        with new_folder(folder, keep_first=True) as temporary:
             _write(temporary, episodes)
     return _open(folder)
 

@@ -192,7 +192,7 @@ def seal_task(collection: Path, record: TaskRecord, rule: QualityRule, seed: int
     final = collection / store_folder(record.index)
     make_folder(final.parent)
     remove_temporaries(final.parent, final.name)
-    with new_folder(final) as folder:
+    with new_folder(final, keep_first=True) as folder:
         write_task(folder, record, rule, seeds, labelled)
 
 

@@ -115,6 +115,11 @@ def _read_task(
         raise FocalError(f"{where} holds no episode, expected {_EXPECTED[request.form]}")
     exported = task.source.exported
     if exported is not None:
+        if (longest := int(episodes.lengths.max())) > exported.record.horizon:
+            raise FocalError(
+                f"{where} has an episode of {longest} steps, expected at most its horizon, "
+                f"{exported.record.horizon}; export it again"
+            )
         rule, references = exported.rule, exported.record.references
         labelling = labelling_that_holds(episodes, references, rule, exported.heldout_seeds, exported.labels)
         notes.add("exported tasks whose levels or held-out marks were changed since", labelling[1] != exported.labels)
@@ -220,6 +225,11 @@ def _exported_header(request: ImportRequest, exported: list[Exported]) -> Collec
         if found != (facts.name, facts.env_id) or header.family != facts.name:
             raise UsageError(
                 f"the data are of {' in '.join(found)}, expected {facts.name} in {facts.env_id} as --env says"
+            )
+        if task.record.absolute_x != facts.absolute_x:
+            raise FocalError(
+                f"task {task.record.index} of {request.source} has its absolute x in column {task.record.absolute_x}, "
+                f"expected {facts.absolute_x} of {facts.name}; export it again"
             )
     indices = {task.record.index: task.record.split for task in exported}
     if len(indices) < len(exported):

@@ -26,6 +26,7 @@ Progress = Callable[[int, int], None]
 _LABEL_ARRAYS = {"qualities": "episodes/quality", "heldout": "episodes/heldout"}
 
 _CORES = os.cpu_count() or 1
+_MEMORY, _COPIES = 4 * 2**30, 4  # bytes for tasks verified side by side; what one takes, in its decoded arrays
 _AT_ONCE = 8  # files hashed side by side: far away, they wait more than they compute
 
 
@@ -59,7 +60,9 @@ def verify_collection(path: Path | str | Collection, progress: Progress | None =
         if progress:
             progress(done, 2 * total)
     episodes = transitions = 0
-    for entry, _ in zip(collection.tasks, side_by_side(_verify_task, collection.tasks, _CORES), strict=True):
+    largest = max((entry.store.decoded_bytes for entry in collection.tasks), default=1)
+    at_once = max(1, min(_CORES, _MEMORY // (_COPIES * largest)))
+    for entry, _ in zip(collection.tasks, side_by_side(_verify_task, collection.tasks, at_once, at_once), strict=True):
         episodes += entry.store.sizes.episodes
         transitions += entry.store.sizes.steps
         done += sum(size for name, (size, _) in collection.files.items() if name.startswith(f"{entry.folder}/"))
@@ -81,6 +84,12 @@ def _verify_task(entry: TaskEntry) -> None:
     episodes = episodes_of(arrays)
     episodes.validate(where)
     _check_bounds(entry, episodes)
+    sizes, counts = entry.store.sizes, np.unique(episodes.sac_steps, return_counts=True)[1]
+    if (len(counts), int(counts.max())) != (sizes.checkpoints, sizes.rollouts):
+        raise FocalError(  # before an array of what the episodes say is made: only the declared sizes were bounded
+            f"{where}: its episodes are of {len(counts)} checkpoints with at most {counts.max()} each, expected "
+            f"{sizes.checkpoints} and {sizes.rollouts} as declared; {AGAIN}"
+        )
     labels = recomputed_labels(episodes, entry.record.references, entry.rule, entry.heldout_seeds, entry.labels)
     computed = {**{_LABEL_ARRAYS[name]: values for name, values in labels.items()}, **evaluation_arrays(episodes)}
     for name, values in computed.items():

@@ -13,10 +13,13 @@
 - `derived_from` names every input with its seed, licence, authors, settings and what was chosen from it.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..errors import UsageError
 from .collecting import derived_folder, write_document
@@ -183,11 +186,29 @@ def _joined(
     episodes = Episodes.concatenate(
         [replace(part, infos={name: part.infos[name] for name in infos}) for part in loaded]
     )
+    _refuse_repeated(group, loaded)
     record = replace(entry.record, index=index, split=split)
     if len(group) > 1:
         return record, entry.rule, (), episodes, "given"
     seeds, labels = labelling_that_holds(episodes, record.references, entry.rule, entry.heldout_seeds, entry.labels)
     return record, entry.rule, seeds, episodes, labels
+
+
+def _refuse_repeated(group: Sequence[Part], loaded: Sequence[Episodes]) -> None:
+    """Refuse an episode that two parts hold: it would count twice, and held out in one be trained on from the other."""
+    first: dict[bytes, Part] = {}
+    for part, episodes in zip(group, loaded, strict=True):
+        rows = np.cumsum([0, *episodes.lengths])
+        for e in range(episodes.num_episodes):
+            start, end = rows[e], rows[e + 1]
+            digest = hashlib.sha256(np.array([episodes.seeds[e], episodes.sac_steps[e]]).tobytes())
+            digest.update(np.ascontiguousarray(episodes.observations[start + e : end + e + 1]).data)
+            digest.update(np.ascontiguousarray(episodes.actions[start:end]).data)
+            if (twin := first.setdefault(digest.digest(), part)) is not part:
+                raise UsageError(
+                    f"{_named(part)} and {_named(twin)} both hold the episode of seed {episodes.seeds[e]} at SAC step "
+                    f"{episodes.sac_steps[e]}; leave one of them out with --tasks"
+                )
 
 
 def _copy_policies(folder: Path, index: int, part: Part) -> None:

@@ -104,8 +104,9 @@ def draw_heldout(sac_steps: Array, fraction: float, seeds: Sequence[int]) -> Arr
     repeat it anywhere.
     """
     heldout = np.zeros(len(sac_steps), np.uint8)
-    for step in np.unique(sac_steps):
-        episodes = np.flatnonzero(sac_steps == step)
+    order = np.argsort(sac_steps, kind="stable")  # checkpoint by checkpoint, in each as they come
+    steps, starts = np.unique(sac_steps[order], return_index=True)
+    for step, episodes in zip(steps, np.split(order, starts[1:]), strict=True):
         if fraction == 0 or len(episodes) < 2:
             continue
         count = min(max(1, round(fraction * len(episodes))), len(episodes) - 1)

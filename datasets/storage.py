@@ -58,11 +58,12 @@ def reading(source: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
+def new_folder(final: Path, keep_first: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `final` when the block ends, and vanishes when it fails.
 
-    A `final` that exists is never replaced: the temporary folder is dropped instead, because the first writer won.
-    Its parent must exist. Raises `FocalError` for a full disk.
+    A `final` that somebody else made meanwhile is never replaced: `FocalError`, or with `keep_first`, for what every
+    writer would write the same, the temporary folder is dropped. Its parent must exist. Raises `FocalError` for a full
+    disk.
     """
     temporary = temporary_name(final)
     with writing(final):
@@ -80,9 +81,16 @@ def new_folder(final: Path) -> Iterator[Path]:
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and final.is_dir():
-                return
+                if keep_first:
+                    return
+                raise FocalError(made_meanwhile(final)) from None
             raise
         sync(final.parent)
+
+
+def made_meanwhile(final: Path) -> str:
+    """What to say where somebody else made `final` while it was written."""
+    return f"{final} was made by another command meanwhile, and is kept as it is; choose another place with -o"
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ refused before a chunk is decoded.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -82,6 +83,11 @@ class Store:
     sizes: Sizes
     layouts: Mapping[str, Layout]
     """Every array by name."""
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Size of all its arrays in memory."""
+        return sum(layout.row_bytes * layout.shape[0] for layout in self.layouts.values())
 
     def read(self, name: str, rows: Array | None = None) -> Array:
         """Decode one array, or only its rows where `rows` (n,) bool is True."""
@@ -162,11 +168,21 @@ def episode_arrays(episodes: Episodes) -> dict[str, Array]:
 
 
 def evaluation_arrays(episodes: Episodes) -> dict[str, Array]:
-    """Return every return of every checkpoint: sac_step (C,) and returns (C, R), short rows padded with NaN."""
+    """Return every return of every checkpoint: sac_step (C,) and returns (C, R), short rows padded with NaN.
+
+    Raises `FocalError` where checkpoints have so unequal numbers of episodes that it would be nearly all padding.
+    """
     steps, checkpoint, counts = np.unique(episodes.sac_steps, return_inverse=True, return_counts=True)
-    returns = np.full((len(steps), int(counts.max())), np.nan)
-    for index in range(len(steps)):
-        returns[index, : counts[index]] = episodes.returns[checkpoint == index]
+    shape = len(steps), int(counts.max())
+    if 8 * math.prod(shape) > BOMB_BYTES and math.prod(shape) > BOMB_RATIO * len(checkpoint):
+        raise FocalError(
+            f"{len(checkpoint)} episodes are of {len(steps)} checkpoints, one of which has {shape[1]}, expected about "
+            "as many of each; is the checkpoint of every episode right?"
+        )
+    returns = np.full(shape, np.nan)
+    order = np.argsort(checkpoint, kind="stable")
+    column = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)  # its place among its checkpoint's
+    returns[checkpoint[order], column] = episodes.returns[order]
     return {"evaluation/sac_step": steps, "evaluation/returns": returns}
 
 
@@ -238,10 +254,10 @@ def inspect_store(
         if name not in documents or _member(documents, name, where) != _group_metadata({}):
             raise FocalError(f"{where}: {name} is not a plain Zarr v3 group; {AGAIN}")
     _check_group(where, metadata, members)
-    decoded, stored = sum(layout.row_bytes * layout.shape[0] for layout in layouts.values()), sum(files.values())
-    if decoded > max(BOMB_BYTES, BOMB_RATIO * stored):
+    store, stored = Store(source, folder, where, attributes, sizes, layouts), sum(files.values())
+    if (decoded := store.decoded_bytes) > max(BOMB_BYTES, BOMB_RATIO * stored):
         raise FocalError(f"{where}: its {stored} bytes claim to decode to {decoded}, expected real data; {AGAIN}")
-    return Store(source, folder, where, attributes, sizes, layouts)
+    return store
 
 
 def expected_arrays(sizes: Sizes, infos: list[str]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:

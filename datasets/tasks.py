@@ -27,6 +27,8 @@ from .sources import Source
 from .storage import AGAIN, canonical_json
 from .store import Store, array_hash, episode_arrays, evaluation_arrays, inspect_store, write_store
 
+_COLUMN_VALUES = 2**21  # described at a time, so that float64 copies of large arrays need little memory
+
 Labels = Literal["scores", "given"]
 """Where the levels come from: computed from returns and references, or said by the source of imported data."""
 
@@ -110,13 +112,17 @@ def inspect_task(source: Source, index: int, files: Mapping[str, int], documents
     record = TaskRecord.from_json(read.mapping("task"), where)
     if record.index != index:
         raise FocalError(f"{where}: its attributes say task {record.index}, expected {index}; {AGAIN}")
+    if record.absolute_x is not None and record.absolute_x >= store.sizes.observation_dim:
+        raise FocalError(
+            f"{where}: absolute_x is {record.absolute_x}, of {store.sizes.observation_dim} columns; {AGAIN}"
+        )
     quality = Reader(read.mapping("quality"), f"{where} quality")
     content = read.mapping("content")
     if sorted(content) != sorted(store.layouts) or not all(isinstance(value, str) for value in content.values()):
         raise FocalError(f"{where}: content hashes are not those of its arrays; {AGAIN}")
     seeds = tuple(quality.items("heldout_seeds", int))
     if min(seeds, default=0) < 0:
-        raise FocalError(f"{where}: heldout_seeds are {seeds}, expected 0 or more; {AGAIN}")
+        raise FocalError(f"{where}: heldout_seeds are {str(seeds)[:80]}, expected 0 or more; {AGAIN}")
     labels = quality.text("labels") if "labels" in store.attributes["quality"] else "scores"
     if labels not in ("scores", "given") or (labels == "scores" and not record.references.known):
         raise FocalError(
@@ -176,16 +182,19 @@ def statistics(values: Array) -> dict[str, Any]:
     Two parts with counts n, m, means a, b and m2 p, q merge into mean a + (b - a) m / (n + m) and
     m2 p + q + (b - a)^2 n m / (n + m), so the statistics of any set of tasks need no second look at the data.
     """
-    # contiguous columns: reductions are several times as fast as along the first axis of a narrow array
-    columns = np.ascontiguousarray(values.reshape(len(values), -1).T, np.float64)
-    mean = columns.mean(axis=1)
-    return {
-        "count": len(values),
-        "mean": mean.tolist(),
-        "m2": cast(Array, np.square(columns - mean[:, None]).sum(axis=1)).tolist(),
-        "min": columns.min(axis=1).tolist(),
-        "max": columns.max(axis=1).tolist(),
-    }
+    table = values.reshape(len(values), -1)
+    found: dict[str, list[float]] = {"mean": [], "m2": [], "min": [], "max": []}
+    some = max(1, _COLUMN_VALUES // len(table))
+    for start in range(0, table.shape[1], some):
+        # contiguous columns: reductions are several times as fast as along the first axis of a narrow array
+        columns = np.ascontiguousarray(table[:, start : start + some].T, np.float64)
+        mean = columns.mean(axis=1)
+        found["mean"] += mean.tolist()
+        found["min"] += columns.min(axis=1).tolist()
+        found["max"] += columns.max(axis=1).tolist()
+        columns -= mean[:, None]
+        found["m2"] += cast(Array, np.square(columns, out=columns).sum(axis=1)).tolist()
+    return {"count": len(values), **found}
 
 
 def read_verified(entry: TaskEntry) -> Episodes:

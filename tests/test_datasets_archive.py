@@ -8,6 +8,7 @@ Hostile files are made with Python's zipfile, or by editing bytes at the places 
     end              signature 0, disks 4 6, counts 8 10, directory size 12, place 16, comment 20
 """
 
+import errno
 import os
 import shutil
 import stat
@@ -54,6 +55,29 @@ def make(path: Path, files: dict[str, bytes], change: Callable[[zipfile.ZipInfo]
 
 def read_all(archive: Archive) -> dict[str, bytes]:
     return {name: archive.read(name, size) for name, size in archive.sizes().items()}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_made_meanwhile_is_kept(tmp_path, monkeypatch, links):
+    out = tmp_path / "y.zip"
+
+    def read(name):
+        out.write_bytes(b"theirs")
+        return FILES[name]
+
+    if not links:
+
+        def without(*names):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", without)
+    with pytest.raises(FocalError, match=r"y\.zip was made by another command meanwhile, and is kept as it is"):
+        write_archive(out, TOP, FILES, read)
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"theirs"]
+    out.unlink()
+    write_archive(out, TOP, FILES, FILES.__getitem__)
+    assert list(tmp_path.iterdir()) == [out]
+    assert len(open_archive(out, LIMIT).sizes()) == len(FILES)
 
 
 def edited(path: Path, place: int, new: bytes) -> Path:

@@ -25,6 +25,7 @@ from focal.datasets import (
     read_segment,
     relabel_collection,
     seal_task,
+    tasks,
     verify_collection,
     write_segment,
 )
@@ -241,6 +242,27 @@ def test_statistics_describe_and_merge(collection):
     (n, m), (a, b) = [p["count"] for p in parts], [np.array(p["mean"]) for p in parts]
     m2 = np.array(parts[0]["m2"]) + parts[1]["m2"] + (b - a) ** 2 * n * m / (n + m)
     np.testing.assert_allclose(m2 / (n + m), np.concatenate(data).var(0), rtol=1e-12)
+
+
+def test_statistics_of_many_columns_are_those_of_each(monkeypatch):
+    values = np.random.default_rng(0).normal(3, 2, (50, 7)).astype("f4")
+    whole = tasks.statistics(values)
+    assert whole["count"] == 50
+    np.testing.assert_allclose(whole["m2"], 50 * values.astype(float).var(0), rtol=1e-12)
+    for some in (1, 100, 150):
+        monkeypatch.setattr(tasks, "_COLUMN_VALUES", some)
+        assert tasks.statistics(values) == whole
+
+
+def test_a_column_that_is_not_there_is_no_absolute_x(tmp_path, make_collection, make_record, make_episodes):
+    path = tmp_path / "store" / "tasks" / "task_0000.zarr"
+    path.mkdir(parents=True)
+    record = replace(make_record(0, "train", (1.0, 0.0), "sparse-point-robot"), absolute_x=2)
+    tasks.write_task(path, record, QualityRule(), (0, 0), make_episodes((1.0, 0.0), 0.5))
+    source, files = Folder(tmp_path / "store"), {name: (path / name).stat().st_size for name in list_files(path)}
+    documents = {name: (path / name).read_bytes() for name in files if name.endswith("zarr.json")}
+    with pytest.raises(FocalError, match="absolute_x is 2, of 2 columns"):
+        tasks.inspect_task(source, 0, files, documents)
 
 
 def test_relabel_makes_a_new_version(tmp_path, collection):

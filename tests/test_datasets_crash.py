@@ -139,10 +139,16 @@ def test_other_refusals_of_the_system_are_explained(tmp_path, monkeypatch, colle
 
 def test_the_first_writer_wins(tmp_path):
     final = tmp_path / "store"
-    with storage.new_folder(final) as folder:
-        (folder / "mine").write_text("second")
-        final.mkdir()
-        (final / "theirs").write_text("first")
+
+    def write(keep_first):
+        with storage.new_folder(final, keep_first) as folder:
+            (folder / "mine").write_text("second")
+            final.mkdir(exist_ok=True)
+            (final / "theirs").write_text("first")
+
+    write(keep_first=True)
+    with pytest.raises(FocalError, match=r"store was made by another command meanwhile, and is kept as it is; choose"):
+        write(keep_first=False)
     assert [entry.name for entry in final.iterdir()] == ["theirs"]
     assert not temporaries(tmp_path)
 
@@ -182,7 +188,7 @@ def test_a_folder_deleted_while_it_is_written_is_not_published(tmp_path, more, p
     final = tmp_path / "store"
 
     def write() -> None:
-        with storage.new_folder(final) as folder:
+        with storage.new_folder(final, keep_first=True) as folder:
             storage.write_file(folder / "first", b"1")
             shutil.rmtree(folder)
             if more:

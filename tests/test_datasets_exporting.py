@@ -320,6 +320,11 @@ def edit_document(folder, change):
         (lambda d: d["task"].update(env_id="focal/X-v0"), "the data are of sparse-point-robot in focal/X-v0"),
         (lambda d: d["task"].update(family="walker"), "the data are of walker in focal/SparsePointRobot-v0"),
         (lambda d: d["task"].update(params={"goal": "x"}), "params is"),
+        (lambda d: d["task"].update(horizon=3), "has an episode of .* steps, expected at most its horizon, 3"),
+        (
+            lambda d: d["task"].update(absolute_x=1),
+            "has its absolute x in column 1, expected None of sparse-point-robot",
+        ),
         (lambda d: d["quality"].update(labels="guessed"), "labels are 'guessed'"),
         (lambda d: d["quality"].update(heldout_seeds=[-1]), "heldout_seeds are"),
         (lambda d: d.update(infos=[".."]), "expected sorted lower-case names"),

@@ -25,6 +25,8 @@ from focal.datasets import (
     commit_collection,
     open_collection,
     seal_task,
+    store,
+    tasks,
     verify_collection,
     write_segment,
 )
@@ -424,6 +426,34 @@ def test_actions_and_returns_and_lengths_that_no_episode_can_have(tmp_path, make
         collection = commit_collection(path, header, {})
         with pytest.raises(FocalError, match=message):
             verify_collection(collection)
+
+
+def test_checkpoints_that_would_make_a_table_of_padding(tmp_path, make_episodes, make_record, monkeypatch):
+    """5,000 checkpoints of one episode and one of 5,000: a table of 25 million. Refused when writing and verifying."""
+    walks = make_episodes((0.6, 0.8), 0.4, 10_000, horizon=1)
+    episodes = replace(walks, sac_steps=np.concatenate([np.arange(5000), np.full(5000, 5000)]))
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "BOMB_BYTES", 2**20)
+        with pytest.raises(FocalError, match="10000 episodes are of 5001 checkpoints, one of which has 5000"):
+            store.evaluation_arrays(episodes)
+    table = store.evaluation_arrays(replace(walks, sac_steps=np.arange(10_000) % 3 * 7))
+    assert table["evaluation/sac_step"].tolist() == [0, 7, 14]
+    assert np.array_equal(table["evaluation/returns"][1, :3333], walks.returns[1::3])
+    assert np.isnan(table["evaluation/returns"]).sum(axis=1).tolist() == [0, 1, 1]
+    header = CollectionHeader(
+        name="walks", family="sparse-point-robot", seed=0, tasks_from="seed", scale="smoke", settings={}, train=(0,),
+        test=(),
+    )  # fmt: skip
+    lie = {"evaluation/sac_step": np.zeros(1, "i8"), "evaluation/returns": np.zeros((1, 1))}
+    begin_collection(tmp_path / "walks", header)
+    write_segment(tmp_path / "walks", 0, 0, make_episodes((0.6, 0.8), 0.4, 6))
+    with monkeypatch.context() as patched:
+        for module in (store, tasks):
+            patched.setattr(module, "evaluation_arrays", lambda episodes: lie)
+        seal_task(tmp_path / "walks", make_record(0, "train", (0.6, 0.8), header.family), QualityRule(), 0)
+    collection = commit_collection(tmp_path / "walks", header, {})
+    with pytest.raises(FocalError, match="episodes are of 1 checkpoints with at most 6 each, expected 1 and 1 as decl"):
+        verify_collection(collection)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,21 @@ def test_the_same_episodes_twice_are_refused(pair, tmp_path):
             merge_collections([pair[0], open_collection(tmp_path / "a2")], tmp_path / "out", join=join)
 
 
+def test_an_episode_in_two_parts_is_refused(pair, make_collection, tmp_path):
+    """It would count twice; held out in one part and not in the other, it would be trained on."""
+    a = pair[0]
+    merge_collections([a], tmp_path / "expert", quality="expert")
+    with pytest.raises(UsageError, match=r"task 0 of \S+/expert and task 0 of \S+/a both hold the episode of seed \d+"):
+        merge_collections([a, open_collection(tmp_path / "expert")], tmp_path / "out", join=True)
+    other = make(make_collection, tmp_path / "c", tasks=4, test=4, episodes=6, seed=9)
+    none = QualityRule(heldout_fraction=0)
+    parts = [relabel_collection(one.path, tmp_path / name, none) for one, name in ((a, "a0"), (other, "c0"))]
+    joined = merge_collections(parts, tmp_path / "joined", join=True)
+    with pytest.raises(UsageError, match="both hold the episode"):
+        merge_collections([a, joined], tmp_path / "out", join=True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
