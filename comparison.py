@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .datasets import open_collection
+from .datasets import Collection, open_collection
 from .envs import get_family
 from .errors import DivergedError, FocalError, UsageError, did_you_mean
 from .evaluation import (
@@ -204,12 +204,12 @@ def compare(request: CompareRequest, progress: TrainProgress | None = None) -> C
     `test_run` do.
     """
     collection = open_collection(request.train.collection)
-    tasks = select_test_tasks(collection, request.train.quality)
+    context_source(request.protocol, request.unit, request.context_size, 1)  # refuses what does not go together
     scale = request.train.scale or collection.scale
     name = request.name or comparison_name(collection.family, request.train.quality, scale)
     planned = _plan(request, name, collection.family, scale)
     size = _context_size(request, planned)
-    context_source(request.protocol, request.unit, size, 1).check(tasks)  # now, not when all are trained
+    _refuse_impossible_test(request, collection, size)  # now, not when all are trained
     failures = train_jobs(list(planned.values()), request.train.workers, progress, request.train.ray)
     diverged = _diverged(failures, planned)
     tests = {algo: _test(request, one.run_dir, size) for algo, one in planned.items() if algo not in diverged}
@@ -292,6 +292,11 @@ def _context_size(request: CompareRequest, planned: Mapping[str, PlannedRun]) ->
     if request.context_size or request.unit == "episodes" or request.protocol not in ("offline", "shift"):
         return request.context_size
     return max(one.settings.context_size for one in planned.values())
+
+
+def _refuse_impossible_test(request: CompareRequest, collection: Collection, size: int | None) -> None:
+    tasks = select_test_tasks(collection, request.train.quality)
+    context_source(request.protocol, request.unit, size, 1).check(tasks)
 
 
 def _test(request: CompareRequest, run_dir: Path, size: int | None) -> RunTest:
