@@ -91,7 +91,7 @@ def exported_from_json(document: Mapping[str, Any], where: str) -> Exported:
         raise FocalError(f"{where}: labels are {labels[:40]!r}, expected 'scores' or 'given'")
     seeds = tuple(quality.items("heldout_seeds", int))
     if min(seeds, default=0) < 0:
-        raise FocalError(f"{where}: heldout_seeds are {seeds}, expected 0 or more")
+        raise FocalError(f"{where}: heldout_seeds are {str(seeds)[:80]}, expected 0 or more")
     collection = read.mapping("collection")
     CollectionHeader.from_json(collection, f"{where} collection")
     origin = Reader(collection, f"{where} collection")

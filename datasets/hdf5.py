@@ -5,12 +5,13 @@ byte of data is read or allocated:
 
     external and soft links, virtual datasets, external storage      would read any local file under the user's name
     types other than numbers (objects, references, strings, ...)     are no data here
-    shapes whose data are not in the file                            unwritten values read as zeros, at any size
+    shapes whose data are not in the file                            unwritten values read as zeros, at any size;
+                                                                     so every chunk must be there, once, in its place
     filters other than gzip and shuffle                              load plugins, or bound no memory
     datasets that decode to far more than the file's size            compression bombs, also by linking one often
 
-The HDF5 library inflates a gzip chunk to whatever it decodes to, so gzip chunks are inflated here, up to the size of a
-chunk and no further.
+The HDF5 library inflates a gzip chunk to whatever it decodes to, and gives zeros for one that it does not find. So
+chunks are read here, one by one, and inflated up to the size of a chunk and no further.
 """
 
 import contextlib
@@ -47,9 +48,9 @@ class Hdf5File:
         if path.is_symlink() or not path.is_file():
             raise FocalError(f"{path} is no plain file, expected an HDF5 file")
         with reading(path):
-            size = path.stat().st_size
+            self.size = path.stat().st_size
         self.path = path
-        self._left = min(MAX_DECODED_BYTES, max(BOMB_BYTES, BOMB_RATIO * size))
+        self._left = min(MAX_DECODED_BYTES, max(BOMB_BYTES, BOMB_RATIO * self.size))
         with translated(path):
             self._file = h5py.File(path, "r", locking="best-effort")
         self.root = Group(self, self._file, "")
@@ -194,15 +195,14 @@ def _read(file: Hdf5File, where: str, dataset: h5py.Dataset) -> Array:
             where, f"filters {list(pipeline)}", "gzip and shuffle only; convert it: h5repack -f GZIP=4 IN OUT"
         )
     count = math.prod(dataset.shape) * dtype.itemsize
-    file.spend(where, count)
     if count == 0:
         return np.zeros(dataset.shape, dtype)
     if layout != h5py.h5d.CHUNKED:
+        file.spend(where, count)
         if dataset.id.get_storage_size() != count:
             raise _unsafe(where, f"{dataset.id.get_storage_size()} bytes stored", f"{count} as its shape says")
         return dataset[()]
-    _check_chunks(where, dataset, dtype)
-    return _inflate(where, dataset, dtype, pipeline) if _GZIP in pipeline else dataset[()]
+    return _read_chunks(where, dataset, dtype, pipeline, _check_chunks(file, where, dataset, dtype, pipeline))
 
 
 def _number_type(where: str, dataset: h5py.Dataset) -> np.dtype[Any]:
@@ -216,25 +216,47 @@ def _number_type(where: str, dataset: h5py.Dataset) -> np.dtype[Any]:
     return dtype
 
 
-def _check_chunks(where: str, dataset: h5py.Dataset, dtype: np.dtype[Any]) -> None:
-    """Every chunk must be in the file: HDF5 fills in what is not, and a file of nothing could claim any shape."""
-    chunk = dataset.chunks
+def _check_chunks(
+    file: Hdf5File, where: str, dataset: h5py.Dataset, dtype: np.dtype[Any], pipeline: tuple[int, ...]
+) -> list[Any]:
+    """Return what the file says of every chunk. All must be there: HDF5 fills in what is not, and a file of nothing
+    could claim any shape. As many as the shape has, each in a place of its own inside it: then they cover it.
+    """
+    shape, chunk = dataset.shape, dataset.chunks
     if (size := math.prod(chunk) * dtype.itemsize) > MAX_CHUNK_BYTES:
         raise _unsafe(where, f"chunks of {size} bytes", f"at most {MAX_CHUNK_BYTES}")
-    expected = math.prod(-(-rows // step) for rows, step in zip(dataset.shape, chunk, strict=True))
+    expected = math.prod(-(-rows // step) for rows, step in zip(shape, chunk, strict=True))
+    file.spend(where, expected * size)  # whole chunks are decoded, however little of the last ones is asked for
     if (found := dataset.id.get_num_chunks()) != expected:
         raise _unsafe(where, f"{found} chunks", f"{expected} as its shape says")
+    least = 8 if _GZIP in pipeline else max(8, size)  # 8 bytes are a chunk's address
+    if expected * least > file.size:  # an index that computes addresses has any number of chunks in no bytes
+        raise _unsafe(where, f"{expected} chunks in {file.size} bytes", f"at least {least} bytes for each")
+    infos: dict[tuple[int, ...], Any] = {}
+
+    def note(info: Any) -> str | None:
+        place = info.chunk_offset
+        if place in infos:
+            return "a chunk twice"
+        if any(start % step or not 0 <= start < rows for start, step, rows in zip(place, chunk, shape, strict=True)):
+            return f"a chunk at {list(place)}"
+        infos[place] = info
+        return None  # anything else ends the iteration: a damaged index may lead round for ever
+
+    if fault := dataset.id.chunk_iter(note):
+        raise _unsafe(where, fault, f"every chunk of {list(chunk)} once, inside the shape {list(shape)}")
+    if len(infos) != expected:
+        raise _unsafe(where, f"{len(infos)} chunks", f"{expected} as its shape says")
+    return list(infos.values())
 
 
-def _inflate(where: str, dataset: h5py.Dataset, dtype: np.dtype[Any], pipeline: tuple[int, ...]) -> Array:
-    """Decode gzip chunks with a bound on what each may become."""
-    values = np.empty(dataset.shape, dtype)
+def _read_chunks(
+    where: str, dataset: h5py.Dataset, dtype: np.dtype[Any], pipeline: tuple[int, ...], infos: list[Any]
+) -> Array:
+    """Decode chunks with a bound on what each may become."""
+    values = np.zeros(dataset.shape, dtype)  # never what this process had in its memory, were a chunk missing after all
     chunk: tuple[int, ...] = dataset.chunks
     size = math.prod(chunk) * dtype.itemsize
-    infos: list[Any] = []
-    dataset.id.chunk_iter(infos.append)
-    if len({info.chunk_offset for info in infos}) != len(infos):
-        raise _unsafe(where, "a chunk twice", "every chunk once")
     for info in infos:
         if info.size > size + size // 8 + 1024:  # gzip never makes data longer than that
             raise _unsafe(where, f"a chunk of {info.size} bytes", f"{size} at most")

@@ -8,7 +8,8 @@ Run as a script by focal_iclr.py, never imported by it; needs nothing but the st
 What keeps a hostile file harmless:
 
 - Before the first byte is read the process gives up opening files, making processes, writing files, and memory and
-  processor time beyond a limit. It inherits no file but its three streams.
+  processor time beyond a limit. It inherits no file but its three streams. (The limit on processes does not bind root:
+  run by root, it could make processes, which would have the other limits.)
 - The unpickler knows the six names by which NumPy pickles an array. Each stands for a function below that takes
   exactly what such pickles hold and only notes it down; no name of NumPy or any other module is looked up or called.
 - What was noted down is checked to be one episode and turned into numbers.
@@ -211,7 +212,10 @@ def serve(requests: BinaryIO, replies: BinaryIO, obs_dim: int, act_dim: int) -> 
 
 
 def give_up_rights(seconds: int) -> None:
-    """Limit memory and processor time, and stop opening files, writing files and making processes, for good."""
+    """Limit memory and processor time, and stop opening files, writing files and making processes, for good.
+
+    RLIMIT_NPROC does not bind root, nor a process with CAP_SYS_ADMIN or CAP_SYS_RESOURCE.
+    """
     import resource
 
     for limit, value in (

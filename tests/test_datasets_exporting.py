@@ -327,6 +327,10 @@ def edit_document(folder, change):
         ),
         (lambda d: d["quality"].update(labels="guessed"), "labels are 'guessed'"),
         (lambda d: d["quality"].update(heldout_seeds=[-1]), "heldout_seeds are"),
+        (
+            lambda d: d["quality"].update(heldout_seeds=[-1] * 10**6),
+            r"heldout_seeds are \([-1, ]{79}, expected 0 or more$",
+        ),
         (lambda d: d.update(infos=[".."]), "expected sorted lower-case names"),
         (lambda d: d.update(infos=["x_velocity"]), "has no 'x_velocity'"),
         (lambda d: d["task"].update(index=d["task"]["index"] + 10**9), "train tasks are"),

@@ -212,6 +212,35 @@ def test_a_shape_with_most_of_its_chunks_missing(path):
     assert "found 0 bytes stored, expected 160000" in refused(path, array("b", 4))
 
 
+@pytest.mark.parametrize("storage", [{}, {"shuffle": True}, {"compression": "gzip"}])
+def test_a_missing_chunk_and_one_outside_the_shape(path, storage):
+    """As many chunks as the shape has, but one lies behind it: what is missing would read as zeros, or as memory."""
+    with h5py.File(path, "w") as file:
+        dataset = file.create_dataset("a", (30_000,), "f8", chunks=(10_000,), maxshape=(None,), **storage)
+        dataset[:10_000], dataset[20_000:] = 1, 2
+    data, rows = path.read_bytes(), (30_000).to_bytes(8, "little")
+    assert data.count(rows)
+    path.write_bytes(data.replace(rows, (20_000).to_bytes(8, "little")))
+    with h5py.File(path) as file:
+        assert file["a"].shape == (20_000,)
+        assert file["a"].id.get_num_chunks() == 2
+    assert "found a chunk at [20000], expected every chunk of [10000] once, inside" in refused(path, array())
+
+
+def test_an_index_that_computes_its_chunks_takes_no_memory(path):
+    """Unfiltered chunks that are allocated at once have no index in the file, so it may claim any number of them."""
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_chunk((10,))
+    plan.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    with h5py.File(path, "w", libver="latest") as file:
+        h5py.h5d.create(file.id, b"a", h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple((10**5,)), plan)
+    with Hdf5File(path) as file:
+        assert file.root.array("a").shape == (10**5,)
+        file.size = 10**4  # as if the rest were not in it
+        with pytest.raises(FocalError, match=r"found 10000 chunks in 10000 bytes, expected at least 10 bytes for each"):
+            file.root.array("a")
+
+
 def test_gzip_that_decodes_to_more_than_its_chunk(path):
     """HDF5 itself would inflate all of it: 128 MiB here, from 130 kB."""
     bomb = zlib.compressobj(9)
@@ -236,6 +265,30 @@ def test_a_bomb_of_zeros_and_one_of_links(path, monkeypatch):
     assert "decode to far more than its size" in refused(path, array("a", 4))
     read_all = lambda root: [root.array(f"link_{number}", 4).shape for number in range(1000)]  # noqa: E731
     assert "decode to far more than its size" in refused(path, read_all)
+
+
+def test_whole_chunks_count_however_small_the_array(path, monkeypatch):
+    """A chunk is decoded whole: linked a thousand times, one value in a large chunk would cost hours."""
+    monkeypatch.setattr(hdf5, "BOMB_BYTES", 2**24)
+    monkeypatch.setattr(hdf5, "BOMB_RATIO", 1)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("a", data=np.zeros(1), chunks=(2**18,), maxshape=(None,), compression="gzip")
+        for number in range(1000):
+            file[f"link_{number}"] = file["a"]
+    with Hdf5File(path) as file:
+        for number in range(8):
+            assert file.root.array(f"link_{number}").shape == (1,), "what fits is read: such arrays are honest, too"
+        with pytest.raises(FocalError, match="link_8: with its 2097152 bytes the file claims to decode to far more"):
+            file.root.array("link_8")
+
+
+def test_automatic_chunks_of_arrays_that_grow(path):
+    """h5py's own choice of chunks, larger than the small arrays that most episodes are."""
+    with h5py.File(path, "w") as file:
+        for number in range(300):
+            file.create_dataset(f"{number}", data=VALUES, maxshape=(None, 4), compression="gzip")
+    with Hdf5File(path) as file:
+        assert all(np.array_equal(file.root.array(f"{number}", 4), VALUES) for number in range(300))
 
 
 def test_huge_chunks_are_refused(path):
