@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import FocalError
-from .collection import Collection
+from .collection import Collection, quoted
 from .croissant import croissant_document, describe
 from .integrity import Progress, VerifyReport, verify_collection
 from .opening import DOCUMENT, PAYLOAD, check_allowed, open_source
@@ -65,7 +65,9 @@ class Bag:
     info: Mapping[str, str]
     """bag-info.txt; values of a label that occurs several times (Author) are separated by newlines."""
     files: Mapping[str, str] = field(repr=False)
-    """sha256 of every file but the tagmanifest and its signature, by name."""
+    """sha256 of every file but the tagmanifest and its signature, by name;"""
+    sizes: Mapping[str, int] = field(repr=False)
+    """their bytes, as they were when they were checked. An object store may list others each time it is asked."""
     tagmanifest: bytes = field(repr=False)
     """The file that hashes all others, as it was read: what a signature signs."""
 
@@ -88,12 +90,19 @@ class Bag:
 def payload_files(collection: Collection) -> dict[str, tuple[int, str]]:
     """Return bytes and sha256 of every file a bag of `collection` has below data/, by its name in the bag.
 
-    Raises `FocalError` for a name that some system cannot hold, or a file too large.
+    Raises `FocalError` for a name that some system cannot hold, alone or below the folder NAME-VERSION, or a file too
+    large.
     """
     document = collection.source.read(DOCUMENT, MAX_JSON_BYTES)
     files = {**collection.files, DOCUMENT: (len(document), sha256_of(document))}
     payload = {f"{PAYLOAD}/{name}": facts for name, facts in sorted(files.items())}
     check_names(collection.source, payload, AGAIN)
+    for name in (*payload, *TAG_FILES, TAGMANIFEST, SIGNATURE):
+        if fault := name_fault(full := f"{bag_name(collection)}/{name}"):
+            raise FocalError(
+                f"{collection.source}: the bundle's file {full[:300]!r} {fault}; give the data another or a shorter "
+                f"name: focal-cli data merge {quoted(collection.source)} -o NEW --name OTHER"
+            )
     check_sizes(collection.source, {name: size for name, (size, _) in payload.items()})
     return payload
 
@@ -154,7 +163,8 @@ def read_bag(source: Source, name: str | None = None) -> Bag:
             f"{source}: its payload is {oxum} (bytes.files), {BAG_INFO} says {info['Payload-Oxum']}; {FETCH_AGAIN}"
         )
     files = {**{file: tags[file][0] for file in TAG_FILES}, **listed}
-    return Bag(source, info["External-Identifier"], info, files, tagmanifest)
+    checked = {**{file: len(tags[file][1]) for file in TAG_FILES}, **payload}
+    return Bag(source, info["External-Identifier"], info, files, checked, tagmanifest)
 
 
 def open_bag(bag: Bag) -> Collection:

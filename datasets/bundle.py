@@ -81,7 +81,9 @@ def pack_bundle(
     named = _authors(opened, authors)
     out = Path(out or bag_name(opened) + ("" if as_folder else ".focal.zip"))
     _check_outside(out, collection)
-    if out.is_dir() and not as_folder:
+    if as_folder:
+        check_new_folder(out)
+    elif out.is_dir():
         raise UsageError(f"{out} is a folder; name the file: -o {quoted(out / (bag_name(opened) + '.focal.zip'))}")
     payload = payload_files(opened)
     tags = make_tag_files(opened, payload, named)
@@ -127,6 +129,8 @@ def unpack_bundle(
     verified and kept, anything else is never replaced. `progress` counts every byte three times; the rest as for
     `verify_bundle`. Raises `FocalError`.
     """
+    if target is not None:
+        check_new_folder(Path(target))
     progressing = verifying(progress)
     bag, collection, report = _verify(path, allowed_signers, require_signature, max_size, progressing)
     target = Path(target or Path(stores) / collection.family)
@@ -206,6 +210,15 @@ def _authors(collection: Collection, authors: Sequence[str]) -> tuple[str, ...]:
     return collection.authors or replace(collection.header, authors=tuple(authors)).authors  # which checks them
 
 
+def check_new_folder(target: Path) -> None:
+    """Refuse, before any work, a place that no folder can be renamed to."""
+    if target.name in ("", "..") or (target.is_dir() and target.samefile(".")):
+        raise UsageError(
+            f"{target} is the current folder or has no name of its own, expected a new folder; name it, for example: "
+            f"-o {quoted(target / 'NAME')}"
+        )
+
+
 def _check_outside(target: Path, source: Path | str) -> None:
     """Refuse to write into what is read."""
     if "://" not in str(source) and target.resolve().is_relative_to(Path(source).resolve()):
@@ -275,7 +288,7 @@ def check_size(bag: Bag, max_size: int) -> None:
 
 def check_room(target: Path, bag: Bag, written: int = 0) -> None:
     """Refuse when the disk has no room for what is not `written` yet, every file rounded up to whole blocks."""
-    needed = -written + sum(-(-size // _BLOCK) * _BLOCK for size in bag.source.sizes().values())
+    needed = -written + sum(-(-size // _BLOCK) * _BLOCK for size in bag.sizes.values())
     ancestor = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
     if (free := shutil.disk_usage(ancestor).free) < needed:
         raise DiskFullError(

@@ -35,12 +35,15 @@ class Trust:
     """Whom the receiver's file calls the owner of the key."""
     key: str = ""
     """The key's kind and fingerprint."""
+    reason: str = ""
+    """Of an unknown signer: what ssh-keygen finds wrong in the receiver's file, such as a line that has expired."""
 
     def __str__(self) -> str:
         """One of `signed by X (trusted)`, `signed, signer unknown`, `unsigned`, with the key's fingerprint."""
         if self.state == "trusted":
             return f"signed by {self.signer} (trusted)"
-        return f"signed, signer unknown ({self.key})" if self.state == "unknown" else "unsigned"
+        reason = f"; {self.reason}" if self.reason else ""
+        return f"signed, signer unknown ({self.key}{reason})" if self.state == "unknown" else "unsigned"
 
 
 def sign(data: bytes, key: Path) -> bytes:
@@ -88,14 +91,16 @@ def verify_signature(where: str, data: bytes, signature: bytes, allowed_signers:
         if good.returncode:
             raise FocalError(f"{where}: {SIGNATURE} is no good signature{_reason(good)}; {FETCH_AGAIN}")
         match = re.search(r"with (\S+) key (\S+)", good.stdout.decode(errors="replace"))
-        key = " ".join(match.groups()) if match else "key unknown"
+        key, reason = " ".join(match.groups()) if match else "key unknown", ""
         if allowed_signers:
             found = _ssh_keygen(["-Y", "find-principals", "-s", file, "-f", allowed_signers])
+            reason = _complaint(found)
             for who in re.split(r"[\n,]", found.stdout.decode(errors="replace")) if not found.returncode else []:
                 options = ["-Y", "verify", "-n", NAMESPACE, "-f", allowed_signers, "-I", who, "-s", file]
-                if who and not _ssh_keygen(options, data).returncode:
+                if who and not (done := _ssh_keygen(options, data)).returncode:
                     return Trust("trusted", who, key)
-    return Trust("unknown", key=key)
+                reason = _complaint(done) if who else reason
+    return Trust("unknown", key=key, reason=reason)
 
 
 def _ssh_keygen(options: Sequence[str | Path], data: bytes | None = b"") -> subprocess.CompletedProcess[bytes]:
@@ -121,6 +126,13 @@ def _ssh_keygen(options: Sequence[str | Path], data: bytes | None = b"") -> subp
 
 
 def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
-    """The last line ssh-keygen wrote to its error stream, in brackets."""
+    """`_complaint` in brackets."""
+    complaint = _complaint(done)
+    return f" ({complaint})" if complaint else ""
+
+
+def _complaint(done: subprocess.CompletedProcess[bytes]) -> str:
+    """The last line ssh-keygen wrote to its error stream, but none that only says that no key is the signer's."""
     lines = [line for line in (done.stderr or b"").decode(errors="replace").splitlines() if line.strip()]
-    return f" ({''.join(filter(str.isprintable, lines[-1]))[:200]})" if lines else ""
+    lines = [line for line in lines if line != "No principal matched."]
+    return "".join(filter(str.isprintable, lines[-1]))[:200] if lines else ""

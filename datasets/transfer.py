@@ -41,6 +41,7 @@ from .bundle import (
     MAX_SIZE,
     BundleReport,
     bundle_report,
+    check_new_folder,
     check_room,
     check_size,
     copying,
@@ -184,6 +185,8 @@ def pull_bundle(
     continues at its last byte. Nothing that opens as a collection is there before every byte is verified, and nothing
     is ever replaced. `progress` counts every byte three times: once downloading, twice verifying. Raises `FocalError`.
     """
+    if target is not None:
+        check_new_folder(Path(target))
     remote = open_bag_at(url)
     bag = read_bag(remote)
     trust = check_signature(bag, allowed_signers, require_signature)
@@ -258,9 +261,9 @@ def _locked(staging: Path, target: Path) -> Iterator[None]:
 
 def _fetch_all(bag: Bag, remote: Remote, staging: Path, target: Path, progress: Progress | None) -> None:
     """Download the payload, and the one tag file that verifying reads, into `staging`."""
-    there = remote.sizes()
     wanted = [name for name in bag.files if name.startswith(f"{PAYLOAD}/") or name == CROISSANT]
-    sizes = {name: there.get(name, 0) for name in wanted}  # one that vanished meanwhile fails when it is asked for
+    # the listing that --max-size was held against; another one could raise what is downloaded
+    sizes = {name: bag.sizes[name] for name in wanted}
     check_room(target, bag, sum(list_files(staging).values()))
     advance = copying(progress, sum(sizes.values()), after=0)
 

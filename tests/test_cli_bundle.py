@@ -53,7 +53,8 @@ def test_json(stores, tmp_path):
     content = open_collection(stores / "walks").content_hash
     expected = {
         "path": "x.zip", "name": "walks-1.0.0", "family": "sparse-point-robot", "licence": "CC-BY-4.0",
-        "authors": ["Ada Lovelace"], "content_hash": content, "trust": {"state": "unsigned", "signer": "", "key": ""},
+        "authors": ["Ada Lovelace"], "content_hash": content,
+        "trust": {"state": "unsigned", "signer": "", "key": "", "reason": ""},
     }  # fmt: skip
     for words in (("pack", stores / "walks", "-o", "x.zip"), ("verify", "x.zip")):
         document = json.loads(run(*words, "--json"))
@@ -95,6 +96,19 @@ def test_mistakes(stores, tmp_path):
     with open("x.zip", "ab") as file:
         file.write(b"x")
     assert "data were added at its end" in run("unpack", "x.zip", code=1)
+
+
+@pytest.mark.parametrize(("output", "named"), [(".", "NAME"), ("", "NAME"), ("..", "../NAME"), ("x/..", "x/../NAME")])
+def test_a_place_without_a_name_is_refused_before_any_work(stores, tmp_path, output, named):
+    run("pack", stores / "walks", "-o", tmp_path / "x.zip")
+    for words in (
+        ("unpack", tmp_path / "x.zip", "-o", output),
+        ("pull", "s3://bucket/nothing", "-o", output),
+        ("pack", stores / "walks", "--folder", "-o", output),
+    ):
+        assert f"expected a new folder; name it, for example: -o {named}" in run(*words, code=2)
+    assert "-o " in run("unpack", tmp_path / "x.zip", "-o", tmp_path / "work", code=2), "the current folder by its path"
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_verifying_needs_neither_torch_nor_gymnasium(stores):

@@ -33,7 +33,9 @@ from focal.datasets import (
     verify_bundle,
     verify_collection,
 )
+from focal.datasets import bag as bag_module
 from focal.datasets.bag import read_bag, verify_bag
+from focal.datasets.merging import merge_collections
 from focal.datasets.sources import Below, Folder
 from focal.errors import DiskFullError, FocalError, UsageError
 
@@ -304,6 +306,24 @@ def test_a_name_no_other_system_can_hold_is_not_packed(make_collection, tmp_path
     make_collection(path, tasks=2, skills=(0.0, 1.0), episodes=2)
     message = refused(lambda: pack_bundle(path, tmp_path / "x.zip"))
     assert "'data/policies/task_0000/nul.json' is reserved on Windows" in message
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_a_collection_whose_name_no_receiver_can_hold_is_not_packed(make_collection, tmp_path, as_folder, monkeypatch):
+    """Whoever packs is told, not whoever receives."""
+    given = make_collection(tmp_path / "aux.robot", tasks=2, skills=(0.0, 1.0), episodes=2)
+    message = refused(lambda: pack_bundle(given.path, tmp_path / "x", as_folder=as_folder))
+    assert "'aux.robot-1.0.0/data/README.md' is reserved on Windows" in message
+    command = message.split("name: ")[1]
+    assert command == f"focal-cli data merge {given.path} -o NEW --name OTHER"
+    renamed = merge_collections([given], tmp_path / "new", name="robot")
+    pack_bundle(renamed.path, tmp_path / "y", as_folder=as_folder)
+    longest = max(len(name) for name in renamed.files) + len("robot-1.0.0/data/")
+    monkeypatch.setattr(bag_module, "MAX_NAME", longest - 1)
+    message = refused(lambda: pack_bundle(renamed.path, tmp_path / "z", as_folder=as_folder))
+    assert f"is longer than {longest - 1} characters; give the data another or a shorter name" in message
+    assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "z").exists()
 
 
 def test_nothing_else_is_ever_replaced(packed, source, tmp_path):

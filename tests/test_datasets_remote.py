@@ -17,7 +17,15 @@ from click.testing import CliRunner
 from obstore.store import MemoryStore
 
 from focal.cli import main
-from focal.datasets import Collection, find_collections, is_committed, open_collection, remote, verify_collection
+from focal.datasets import (
+    Collection,
+    find_collections,
+    is_committed,
+    open_collection,
+    remote,
+    transfer,
+    verify_collection,
+)
 from focal.datasets.bundle import pack_bundle, verify_bundle
 from focal.datasets.remote import Remote, connect
 from focal.datasets.sources import sha256_of, side_by_side
@@ -26,6 +34,7 @@ from focal.datasets.store import episode_arrays
 from focal.datasets.transfer import PushReport, pull_bundle, push_bundle
 from focal.errors import FocalError, UsageError
 
+from .bundle_tools import Memory, files_of
 from .object_store import BUCKET, READER, WRITER, Link, lying_server, seaweed
 
 NAME = "point-1.0.0"
@@ -478,6 +487,31 @@ def test_hostile_sizes_in_a_listing(monkeypatch, tmp_path):
     with lying_server([("x/tagmanifest-sha256.txt", 1), ("x/data/dataset.json", 2**40)]) as endpoint:
         use(monkeypatch, endpoint)
         assert f"has {2**40} bytes, expected at most" in refused(lambda: pull_bundle("s3://b/x", tmp_path / "y"))
+
+
+def test_a_listing_that_grows_after_the_check(bundles, monkeypatch, tmp_path):
+    """Only the sizes held against --max-size bound the download, however often a server lists and whatever it lists."""
+    shutil.unpack_archive(bundles["small"], tmp_path / "bag", "zip")
+    files = files_of(tmp_path / "bag" / NAME)
+    grown = "data/tasks/task_0000.zarr/actions/c/0/0"
+
+    class Growing(Memory):
+        url, listed, sent = "s3://bucket/x", 0, 0
+
+        def sizes(self, skip=()):
+            self.listed += 1
+            return {**super().sizes(skip), **({grown: 10**8} if self.listed > 1 else {})}
+
+        def stream(self, name, start=0):
+            for piece in [bytes(10**6)] * 100 if name == grown else [self.files[name]]:
+                self.sent += len(piece)
+                yield piece
+
+    source = Growing(files)
+    monkeypatch.setattr(transfer, "open_bag_at", lambda url: source)
+    message = refused(lambda: pull_bundle("s3://bucket/x", tmp_path / "y", max_size=10**6))
+    assert f"{grown!r} has more than the {len(files[grown])} bytes listed" in message
+    assert source.sent < 3 * 10**6
 
 
 # --- cuts, kills, rivals ---------------------------------------------------------------------------------------------

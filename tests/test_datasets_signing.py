@@ -112,6 +112,22 @@ def test_a_key_that_is_trusted_for_something_else(signed, keys, tmp_path, option
     refused(lambda: verify_bundle(signed, allowed, require_signature=True))
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("namespaces=focal-bundle", ":1: bad options: missing start quote)"),
+        ('valid-before="20200101"', ":1: key has expired: verify time "),
+        ('namespaces="git"', ':1: key is not permitted for use in signature namespace "focal-bundle")'),
+    ],
+)
+def test_why_a_listed_signer_is_unknown(signed, keys, tmp_path, options, reason):
+    allowed = allow(tmp_path / "allowed", "ada@example.org", keys / "ada", options)
+    assert reason in str(verify_bundle(signed, allowed).trust)
+    assert reason in refused(lambda: verify_bundle(signed, allowed, require_signature=True))
+    for other in (None, allow(tmp_path / "eve", "eve@example.org", keys / "eve")):
+        assert verify_bundle(signed, other).trust.reason == "", "nothing is wrong with a file that does not list her"
+
+
 def test_a_key_of_several_names(signed, keys, tmp_path):
     allowed = allow(tmp_path / "allowed", "ada@example.org,lovelace@example.org", keys / "ada")
     assert verify_bundle(signed, allowed).trust.signer == "ada@example.org"
