@@ -12,12 +12,14 @@ _DIRECTIONS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 
 
 def printable(text: str) -> str:
-    """`text` without what steers a terminal or turns the line round: a stranger's file could else draw a verdict."""
-    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(char) else char for char in text)
+    """`text` on one line, without what steers a terminal or turns the line round: a stranger's file could else draw a
+    verdict, or write one on a line of its own.
+    """
+    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(char) else char for char in text.replace("\n", " "))
 
 
 def _steers(char: str) -> bool:
-    return (unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t") or char in _DIRECTIONS
+    return (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") and char != "\t") or char in _DIRECTIONS
 
 
 class FocalError(Exception):

@@ -1,6 +1,7 @@
 """The dataset card: a generated README.md that also renders on the Hugging Face hub."""
 
 import json
+import re
 from collections.abc import Sequence
 
 from .episodes import QUALITIES
@@ -29,7 +30,7 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
         "",
         f"Offline meta-reinforcement learning data of the task family `{header.family}`: {len(tasks)} tasks "
         f"({len(header.train)} to train on, {len(header.test)} to test on), {steps:,} steps. "
-        f"Licence {header.licence}; authors: {', '.join(header.authors) or 'not named'}.",
+        f"Licence {header.licence}; authors: {', '.join(map(_text, header.authors)) or 'not named'}.",
         "",
         "| quality | tasks that have it | episodes | steps |",
         "|---|---|---|---|",
@@ -45,7 +46,7 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
         "",
         _failed(failed, len(tested)),
         "",
-        *(["## Notes", "", *(f"- {' '.join(note.split())}" for note in header.notes), ""] if header.notes else []),
+        *(["## Notes", "", *(f"- {_text(note)}" for note in header.notes), ""] if header.notes else []),
         "## Reading it",
         "",
         "Each task is one Zarr v3 group that any Zarr reader opens:",
@@ -64,6 +65,11 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _text(text: str) -> str:
+    """A stranger's words on one line of Markdown, as words: no HTML, links, images, code or table cells."""
+    return re.sub(r"[\\<>&\[\]!`|]", r"\\\g<0>", " ".join(text.split()))
 
 
 def _rule(rule: QualityRule) -> str:
@@ -91,7 +97,7 @@ def _failed(failed: Sequence[TaskEntry], tested: int) -> str:
     if not failed:
         return "The expert of every task passed its family's absolute test."
     lines = ["These tasks' experts failed their family's absolute test; they have no `expert` episodes:", ""]
-    lines += [f"- task {entry.index}: {' '.join(entry.record.references.expert_test.split())}" for entry in failed]
+    lines += [f"- task {entry.index}: {_text(entry.record.references.expert_test)}" for entry in failed]
     return "\n".join(lines)
 
 

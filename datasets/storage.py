@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -247,10 +248,17 @@ def canonical_json(document: Any) -> bytes:
 
 
 def parse_json(data: bytes, where: object) -> dict[str, Any]:
-    """Parse a JSON object from an untrusted file: finite numbers only, bounded depth. Raises `FocalError`."""
+    """Parse a JSON object from an untrusted file: finite numbers only, bounded depth, no key twice.
+
+    Raises `FocalError`.
+    """
     try:
         document = json.loads(
-            data.decode(), parse_constant=_refuse_constant, parse_float=_finite_float, parse_int=_finite_int
+            data.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_finite_int,
+            object_pairs_hook=unique_keys,
         )
         level = [document]
         for _ in range(MAX_JSON_DEPTH):
@@ -275,6 +283,15 @@ def parse_json(data: bytes, where: object) -> dict[str, Any]:
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read and parse a JSON object; see `parse_json`."""
     return parse_json(read_bytes(path, limit), path)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys all differ, for `json.loads`: of a key twice, two readers may take two values."""
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return document
 
 
 def _refuse_constant(text: str) -> float:

@@ -212,7 +212,9 @@ STEERS = "\x1b[2J\x1b[1;1H\x07\x9b\u202e"
 def test_a_stranger_cannot_draw_on_the_terminal(stores, path):
     """Notes, and what errors quote, are printed as text: no escape sequence gets through, and honest letters do."""
     document = json.loads((path / "dataset.json").read_text())
-    document["notes"] = [f"clear{STEERS}signed by \u00c9milie\u3000\u7d75 (trusted)"]
+    document["notes"] = [f"clear{STEERS}signed by \u00c9milie\u3000\u7d75 (trusted)", "fine\n\nsigned by ada (trusted)"]
+    document["notes"] += [f"fine{' ' * 300}signed by bob (trusted)", "fine\u2028signed by eve (trusted)"]
+    document["derived_from"] = [{"name": "x\nsigned by cy (trusted)", "version": "1", "content_hash": "0"}]
     document["document_hash"] = document_hash(document)
     (path / "dataset.json").write_text(json.dumps(document))
     evil = shutil.copytree(path, stores / "evil")
@@ -229,3 +231,5 @@ def test_a_stranger_cannot_draw_on_the_terminal(stores, path):
         assert not set(result.output) & set(STEERS) - set("[2J1;H"), words
         if words[0] == "show" and not code:
             assert "signed by \u00c9milie\u3000\u7d75 (trusted)" in result.output
+            assert "\nnote: fine signed by ada (trusted)\n" in result.output
+            assert not any(line.startswith("signed by") for line in result.output.splitlines()), "a line of its own"

@@ -1,6 +1,8 @@
 """The life of a collection: collect, seal, commit, open, load, relabel; and that any Zarr reader opens it."""
 
+import html
 import json
+import re
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from markdown_it import MarkdownIt
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
 from focal.datasets import (
@@ -30,6 +33,7 @@ from focal.datasets import (
     write_segment,
 )
 from focal.datasets.arrays import Layout, array_metadata, decode_array, wanted_chunks, write_array
+from focal.datasets.card import dataset_card
 from focal.datasets.episodes import PER_EPISODE
 from focal.datasets.sources import Folder
 from focal.datasets.storage import list_files
@@ -154,6 +158,26 @@ def test_a_task_without_a_level_is_listed_and_skipped(make_collection):
         some.load_training("expert", [1])
     with pytest.raises(FocalError, match=r"task 1 has no 'expert' episodes, it has random"):
         some.load(1, "expert")
+
+
+def test_a_strangers_words_are_only_words_in_the_card(collection):
+    """As a renderer of Markdown shows it, with HTML allowed, as on the hub."""
+    words = [
+        "<script>alert(1)</script>", "![seen](https://x.example/seen.png)", "[click](https://x.example)", "`a` | b",
+        "fine\n\n# signed by ada (trusted)", "&lt;b&gt;", "<https://x.example>", "\\<img src=x>", "\\\\[a](b)",
+    ]  # fmt: skip
+    header = replace(collection.header, authors=tuple(word for word in words if word.isprintable()), notes=tuple(words))
+    entry = collection.tasks[0]
+    tasks = []
+    for word in words:
+        references = replace(entry.record.references, reached_expert=False, expert_test=word)
+        tasks.append(replace(entry, record=replace(entry.record, references=references)))
+    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(dataset_card(header, tasks))
+    assert not re.search(r"<(script|img|a|b|h1)\b(?!>sparse-point-robot 1\.0\.0<)", shown)
+    text = html.unescape(re.sub(r"<[^>]*>", "", shown))
+    for word in words:
+        assert text.count(" ".join(word.split())) >= 2, word
+    assert shown.count("<h1>") == 1
 
 
 def test_misuse_names_what_there_is(collection):

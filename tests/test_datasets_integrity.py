@@ -205,7 +205,7 @@ def test_what_is_no_collection_at_all(tmp_path):
     "text",
     [
         "", "[]", "{", '{"a": NaN}', '{"a": 1e999}', '{"a": 1%s}' % ("0" * 400), "[" * 100000, "\xff",
-        '{"a":' * 40 + "1" + "}" * 40,
+        '{"a":' * 40 + "1" + "}" * 40, '{"a": 1, "b": [{"c": 1, "d": 2, "c": 1}]}',
     ],
 )  # fmt: skip
 def test_unreadable_document(path, text):
@@ -275,6 +275,18 @@ def test_hostile_task_attributes(path, dotted, value, message):
     edit(path / STORE / "zarr.json", lambda document: set_nested(document, f"attributes.focal.{dotted}", value))
     resign(path)
     assert message in refused(lambda: open_collection(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("dataset.json", "licence"), (f"{STORE}/zarr.json", "attributes"), (f"{STORE}/rewards/zarr.json", "shape")],
+)
+def test_a_key_twice(path, name, key):
+    """Two readers of such a file may see two licences, or two shapes."""
+    (path / name).write_text((path / name).read_text().replace("{", f'{{"{key}": "CC0-1.0",', 1))
+    if name != "dataset.json":
+        resign(path)
+    assert f"is not readable JSON (the key {key!r} is there twice)" in refused(lambda: open_collection(path))
 
 
 def test_a_rule_of_before_the_first_checkpoint_had_a_cut_of_its_own(path):

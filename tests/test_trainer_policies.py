@@ -86,6 +86,13 @@ def test_other_formats_and_unknown_fields_are_refused(stem: Path, changes: dict,
         load_policy_file(stem)
 
 
+def test_a_key_twice_is_refused(stem: Path):
+    path = stem.with_suffix(".json")
+    path.write_text(path.read_text().replace("{", '{"format": "focal-policy/1",', 1))
+    with pytest.raises(FocalError, match="is damaged \\(the key 'format' is there twice\\)"):
+        load_policy_file(stem)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"hidden": [10**9]}, {"hidden": "8,6"}, {"inputs": True}, {"inputs": 4}, {"log_std_max": -30.0}, {"act": "relu"}],

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..datasets.storage import unique_keys
 from ..errors import FocalError
 from ..files import atomic_path
 
@@ -25,7 +26,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 def parse_json(content: bytes, where: object, remedy: str) -> dict[str, Any]:
     """Parse a JSON object. Raises `FocalError` naming `where`, ending with `remedy`, when it is damaged."""
     try:
-        values = json.loads(content, parse_constant=_refuse_constant)
+        values = json.loads(content, parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise FocalError(f"{where} is damaged ({one_line(error)}); {remedy}") from None
     if not isinstance(values, dict):
