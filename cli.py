@@ -835,7 +835,9 @@ def reproduce(
     items = find_items(kind, number)
     if families:
         names = [get_family(name).name for name in families]
-        items = [item.restricted(names) for item in items if item.shows(names)] or [items[0].restricted(names)]
+        shown = {name for item in items for name in item.shown}
+        items = [item for item in items if set(names) & set(item.shown)] if set(names) <= shown else items
+        items = [item.restricted([name for name in names if name in item.shown] or names) for item in items]
     # with --json the standard output is not the bars'
     generating: Any = (lambda _: nullcontext()) if as_json else GenerateBars
     training: Any = nullcontext if as_json else TrainBars

@@ -1,6 +1,5 @@
 """What the command line prints: tables and progress bars (rich)."""
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -251,8 +250,9 @@ def print_collection(collection: Collection, tasks: bool = False) -> None:
         listed = ", ".join(map(str, failed[:20])) + (", ..." if len(failed) > 20 else "")
         console.print(f"{len(failed)} of {len(collection.tasks)} tasks never reached expert: {listed}")
     for note in collection.header.notes:
-        note = re.sub(r"\s\s+", " ", note)  # a wide gap would be folded to what looks like a line of ours
-        console.print(f"note: {escape(note)}")
+        lines = Table.grid(padding=(0, 1))  # folded, it stays in its column: no line of it looks like one of ours
+        lines.add_row("note:", escape(note))
+        console.print(lines)
     if tasks:
         print_table(task_rows(collection))
 

@@ -28,6 +28,13 @@ class FocalError(Exception):
     exit_code = 1
 
 
+class MadeMeanwhileError(FocalError):
+    """Somebody else made a file or folder while it was written here; what they made is kept."""
+
+    def __init__(self, path: object):
+        super().__init__(f"{path} was made by another command meanwhile, and is kept as it is; choose another with -o")
+
+
 class DiskFullError(FocalError):
     """No space is left; whatever else runs beside would fail alike. `where_full` is the message without advice."""
 

@@ -42,9 +42,10 @@ def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
 def _rename_to_new(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)  # unlike a rename it refuses a path that there is
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: somebody may still come between these two lines
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # a file system without hard links: somebody may still come between these two lines
         if path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         os.replace(temporary, path)

@@ -144,10 +144,6 @@ class Item:
         """The families it is about."""
         return tuple(dict.fromkeys([*self.families, *(training.family for training in self.trainings)]))
 
-    def shows(self, families: Sequence[str]) -> bool:
-        """Whether it is about all of `families`."""
-        return set(families) <= set(self.shown)
-
     def restricted(self, families: Sequence[str]) -> "Item":
         """Return the part of the item that is about `families`. Raises `UsageError` for a family it does not show."""
         shown = self.shown

@@ -24,12 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from ..errors import FocalError
+from ..errors import FocalError, MadeMeanwhileError
 from .bag import FETCH_AGAIN, MAX_FILES, MAX_NAME, check_names, check_sizes, name_fault
 from .storage import (
     atomic_path,
     create_locked,
-    made_meanwhile,
     make_folder,
     reading,
     remove_temporaries,
@@ -149,7 +148,7 @@ def _new_file(path: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
-        raise FocalError(made_meanwhile(path)) from None
+        raise MadeMeanwhileError(path) from None
 
 
 def open_archive(path: Path, max_size: int) -> Archive:

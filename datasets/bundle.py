@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiskFullError, FocalError, UsageError
+from ..errors import DiskFullError, FocalError, MadeMeanwhileError, UsageError
 from .archive import open_archive, write_archive
 from .bag import (
     MAX_FILE_BYTES,
@@ -81,6 +81,8 @@ def pack_bundle(
     named = _authors(opened, authors)
     out = Path(out or bag_name(opened) + ("" if as_folder else ".focal.zip"))
     _check_outside(out, collection)
+    if out.is_symlink() and not out.exists():
+        raise UsageError(f"{out} is a link to nothing, expected a new name; choose another one with -o")
     if as_folder:
         check_new_folder(out)
     elif out.is_dir():
@@ -93,7 +95,10 @@ def pack_bundle(
         trust = verify_signature(str(signing_key), tags[TAGMANIFEST], tags[SIGNATURE])
     verified = verify_collection(opened, verifying(progress))
     if not _is_packed(out, tags, as_folder):
-        _write_bundle(opened, payload, tags, out, as_folder, progress)
+        try:
+            _write_bundle(opened, payload, tags, out, as_folder, progress)
+        except MadeMeanwhileError:
+            _is_packed(out, tags, as_folder)  # the same command beside this one made it; raises where it is another
     return out, bundle_report(out, opened, named, trust, verified)
 
 
@@ -144,7 +149,7 @@ def unpack_bundle(
     remove_temporaries(target.parent, target.name)
     advance = copying(progress, bag.payload_bytes, after=2)
     names = [name.removeprefix(f"{PAYLOAD}/") for name in bag.files if name.startswith(f"{PAYLOAD}/")]
-    with new_folder(target) as folder:
+    with new_folder(target, keep_first=True) as folder:  # whose it is by then is looked at below
         for name in sorted(names, key=lambda name: (name == DOCUMENT, name)):  # dataset.json, the commit point, last
             data = read_checked(collection.source, name, MAX_FILE_BYTES, bag.files[f"{PAYLOAD}/{name}"])
             write_file(folder / name, data)

@@ -68,8 +68,9 @@ def dataset_card(header: CollectionHeader, tasks: Sequence[TaskEntry]) -> str:
 
 
 def _text(text: str) -> str:
-    """A stranger's words on one line of Markdown, as words: no HTML, links, images, code or table cells."""
-    return re.sub(r"[\\<>&\[\]!`|]", r"\\\g<0>", " ".join(text.split()))
+    """A stranger's words on one line of Markdown, as words: no HTML, links, code, emphasis, headings or lists."""
+    words = re.sub(r"[\\<>&\[\]!`|*_~#+=-]", r"\\\g<0>", " ".join(text.split()))
+    return re.sub(r"^(\d+)([.)])", r"\1\\\2", words)
 
 
 def _rule(rule: QualityRule) -> str:

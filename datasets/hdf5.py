@@ -10,8 +10,8 @@ byte of data is read or allocated:
     filters other than gzip and shuffle                              load plugins, or bound no memory
     datasets that decode to far more than the file's size            compression bombs, also by linking one often
 
-The HDF5 library inflates a gzip chunk to whatever it decodes to, and gives zeros for one that it does not find. So
-chunks are read here, one by one, and inflated up to the size of a chunk and no further.
+The HDF5 library inflates a gzip chunk to whatever it decodes to, so gzip chunks are inflated here, up to the size of a
+chunk and no further.
 """
 
 import contextlib
@@ -202,7 +202,8 @@ def _read(file: Hdf5File, where: str, dataset: h5py.Dataset) -> Array:
         if dataset.id.get_storage_size() != count:
             raise _unsafe(where, f"{dataset.id.get_storage_size()} bytes stored", f"{count} as its shape says")
         return dataset[()]
-    return _read_chunks(where, dataset, dtype, pipeline, _check_chunks(file, where, dataset, dtype, pipeline))
+    infos = _check_chunks(file, where, dataset, dtype, pipeline)
+    return _inflate(where, dataset, dtype, pipeline, infos) if _GZIP in pipeline else dataset[()]
 
 
 def _number_type(where: str, dataset: h5py.Dataset) -> np.dtype[Any]:
@@ -229,7 +230,7 @@ def _check_chunks(
     file.spend(where, expected * size)  # whole chunks are decoded, however little of the last ones is asked for
     if (found := dataset.id.get_num_chunks()) != expected:
         raise _unsafe(where, f"{found} chunks", f"{expected} as its shape says")
-    least = 8 if _GZIP in pipeline else max(8, size)  # 8 bytes are a chunk's address
+    least = 8 if _GZIP in pipeline else size  # 8 bytes are a chunk's address
     if expected * least > file.size:  # an index that computes addresses has any number of chunks in no bytes
         raise _unsafe(where, f"{expected} chunks in {file.size} bytes", f"at least {least} bytes for each")
     infos: dict[tuple[int, ...], Any] = {}
@@ -250,7 +251,7 @@ def _check_chunks(
     return list(infos.values())
 
 
-def _read_chunks(
+def _inflate(
     where: str, dataset: h5py.Dataset, dtype: np.dtype[Any], pipeline: tuple[int, ...], infos: list[Any]
 ) -> Array:
     """Decode chunks with a bound on what each may become."""

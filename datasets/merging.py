@@ -4,7 +4,8 @@
     A  tasks 0 1 2     B  tasks 1' 7          C = merge A B --join   tasks 0 1+1' 2 | 3     (1' has the parameters of 1)
 
 - Tasks keep their order, parameters, split, references and provenance; later inputs are numbered after earlier ones.
-- Two inputs with the same task are refused, unless asked to `join` its episodes; the same episodes twice always are.
+- Two inputs with the same task are refused, unless asked to `join` its episodes; the same task twice always is. An
+  episode that two of the joined hold is there once.
 - A joined task has the record and policies of the first part whose expert passed its test, else of the first. It is
   trained on and tested with held-out episodes ("both") where one part was for training and another for test.
 - Held-out marks and levels stay what they are in the inputs: an episode held out never gets into training. Where they
@@ -83,11 +84,13 @@ def merge_collections(
     header = _header(collections, name, licence, splits, {"quality": quality, "tasks": tasks, "join": join})
     header = replace(header, notes=_notes(collections, groups, chosen, infos))
     with derived_folder(path, [collection.source for collection in collections]) as folder:
+        repeated = 0
         for index, (group, split) in enumerate(zip(groups, splits, strict=True)):
             store = folder / store_folder(index)
             store.mkdir(parents=True)
-            record, rule, seeds, episodes, labels = _joined(index, split, group, infos)
-            write_task(store, record, rule, seeds, episodes, labels)
+            written, left_out = _joined(index, split, group, infos)
+            write_task(store, *written)
+            repeated += left_out
             _copy_policies(folder, index, _leading(group))
             if progress:
                 progress(index + 1, len(groups))
@@ -95,6 +98,8 @@ def merge_collections(
         origins += [
             _origin(collection, quality, subset.tasks) for collection, subset in zip(collections, chosen, strict=True)
         ]
+        if repeated:
+            header = replace(header, notes=(*header.notes, f"episodes that two inputs held, kept once: {repeated}"))
         write_document(folder, header, provenance or {}, list({canonical_json(o): o for o in origins}.values()))
     return open_collection(path)
 
@@ -179,36 +184,50 @@ def _common_infos(parts: Sequence[Part]) -> list[str]:
 
 def _joined(
     index: int, split: Split, group: Sequence[Part], infos: Sequence[str]
-) -> tuple[TaskRecord, Any, tuple[int, ...], Episodes, Labels]:
-    """Load and join the parts of one task: the arguments of `write_task`."""
+) -> tuple[tuple[TaskRecord, Any, tuple[int, ...], Episodes, Labels], int]:
+    """Load and join the parts of one task: the arguments of `write_task`, and how many episodes it left out."""
     entry = _leading(group).entry
     loaded = [read_verified(part.entry).select(part.subset.masks[part.entry.index]) for part in group]
-    episodes = Episodes.concatenate(
-        [replace(part, infos={name: part.infos[name] for name in infos}) for part in loaded]
-    )
-    _refuse_repeated(group, loaded)
+    once = _without_repeats(group, loaded) if len(group) > 1 else loaded
+    episodes = Episodes.concatenate([replace(part, infos={name: part.infos[name] for name in infos}) for part in once])
     record = replace(entry.record, index=index, split=split)
     if len(group) > 1:
-        return record, entry.rule, (), episodes, "given"
+        return (record, entry.rule, (), episodes, "given"), sum(part.num_episodes for part in loaded) - len(
+            episodes.seeds
+        )
     seeds, labels = labelling_that_holds(episodes, record.references, entry.rule, entry.heldout_seeds, entry.labels)
-    return record, entry.rule, seeds, episodes, labels
+    return (record, entry.rule, seeds, episodes, labels), 0
 
 
-def _refuse_repeated(group: Sequence[Part], loaded: Sequence[Episodes]) -> None:
-    """Refuse an episode that two parts hold: it would count twice, and held out in one be trained on from the other."""
-    first: dict[bytes, Part] = {}
-    for part, episodes in zip(group, loaded, strict=True):
+def _without_repeats(group: Sequence[Part], loaded: Sequence[Episodes]) -> list[Episodes]:
+    """Return the parts without the episodes that an earlier part holds: those of two runs from the same seed are the
+    same until their agents learn. Held out in one part they are held out. Raises `UsageError` where nothing is left.
+    """
+    kept = [np.ones(episodes.num_episodes, bool) for episodes in loaded]
+    heldout = [episodes.heldout.copy() for episodes in loaded]
+    places: dict[bytes, list[tuple[int, int]]] = {}
+    for number, episodes in enumerate(loaded):
         rows = np.cumsum([0, *episodes.lengths])
         for e in range(episodes.num_episodes):
             start, end = rows[e], rows[e + 1]
             digest = hashlib.sha256(np.array([episodes.seeds[e], episodes.sac_steps[e]]).tobytes())
             digest.update(np.ascontiguousarray(episodes.observations[start + e : end + e + 1]).data)
             digest.update(np.ascontiguousarray(episodes.actions[start:end]).data)
-            if (twin := first.setdefault(digest.digest(), part)) is not part:
-                raise UsageError(
-                    f"{_named(part)} and {_named(twin)} both hold the episode of seed {episodes.seeds[e]} at SAC step "
-                    f"{episodes.sac_steps[e]}; leave one of them out with --tasks"
-                )
+            found = places.setdefault(digest.digest(), [])
+            if not found or found[0][0] == number:
+                found.append((number, e))
+                continue
+            kept[number][e] = False
+            if heldout[number][e]:
+                for first, place in found:
+                    heldout[first][place] = 1
+        if not kept[number].any():
+            others = " and ".join(_named(part) for part in group[:number])
+            raise UsageError(f"{others} hold every episode of {_named(group[number])}; leave it out with --tasks")
+    return [
+        replace(episodes, heldout=marks).select(mask)
+        for episodes, marks, mask in zip(loaded, heldout, kept, strict=True)
+    ]
 
 
 def _copy_policies(folder: Path, index: int, part: Part) -> None:

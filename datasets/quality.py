@@ -104,6 +104,8 @@ def draw_heldout(sac_steps: Array, fraction: float, seeds: Sequence[int]) -> Arr
     repeat it anywhere.
     """
     heldout = np.zeros(len(sac_steps), np.uint8)
+    if not len(sac_steps):
+        return heldout
     order = np.argsort(sac_steps, kind="stable")  # checkpoint by checkpoint, in each as they come
     steps, starts = np.unique(sac_steps[order], return_index=True)
     for step, episodes in zip(steps, np.split(order, starts[1:]), strict=True):

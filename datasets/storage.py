@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import FocalError
+from ..errors import FocalError, MadeMeanwhileError
 from ..files import TEMPORARY, atomic_path, disk_full, is_disk_full, sync, temporary_name
 
 AGAIN = "unpack the bundle again (focal-cli bundle unpack) or generate the data again (focal-cli data generate)"
@@ -62,9 +62,9 @@ def reading(source: Path) -> Iterator[None]:
 def new_folder(final: Path, keep_first: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder that becomes `final` when the block ends, and vanishes when it fails.
 
-    A `final` that somebody else made meanwhile is never replaced: `FocalError`, or with `keep_first`, for what every
-    writer would write the same, the temporary folder is dropped. Its parent must exist. Raises `FocalError` for a full
-    disk.
+    A `final` that somebody else made meanwhile is never replaced: `MadeMeanwhileError`, or with `keep_first`, for what
+    every writer would write the same, the temporary folder is dropped. Its parent must exist. Raises `FocalError` for a
+    full disk.
     """
     temporary = temporary_name(final)
     with writing(final):
@@ -84,14 +84,9 @@ def new_folder(final: Path, keep_first: bool = False) -> Iterator[Path]:
             if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST) and final.is_dir():
                 if keep_first:
                     return
-                raise FocalError(made_meanwhile(final)) from None
+                raise MadeMeanwhileError(final) from None
             raise
         sync(final.parent)
-
-
-def made_meanwhile(final: Path) -> str:
-    """What to say where somebody else made `final` while it was written."""
-    return f"{final} was made by another command meanwhile, and is kept as it is; choose another place with -o"
 
 
 @contextlib.contextmanager

@@ -187,7 +187,7 @@ def statistics(values: Array) -> dict[str, Any]:
     some = max(1, _COLUMN_VALUES // len(table))
     for start in range(0, table.shape[1], some):
         # contiguous columns: reductions are several times as fast as along the first axis of a narrow array
-        columns = np.ascontiguousarray(table[:, start : start + some].T, np.float64)
+        columns = np.array(table[:, start : start + some].T, np.float64, order="C")
         mean = columns.mean(axis=1)
         found["mean"] += mean.tolist()
         found["min"] += columns.min(axis=1).tolist()

@@ -1,5 +1,6 @@
 """The report's interactive plots, as the plain JSON values that plotly.js draws: {"data": [...], "layout": {...}}."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -103,7 +104,7 @@ def sweep(document: Mapping[str, Any], ylabel: str) -> Plot:
     result = plot(data, "context transitions", ylabel)
     result["layout"]["xaxis"] |= {"type": "log", "tickvals": document["sizes"]}
     result["layout"]["yaxis"]["rangemode"] = "tozero"
-    most = document["accuracy_of_at_most"]
+    most = document.get("accuracy_of_at_most", math.inf)
     words = "task accuracy" if document["sizes"][-1] <= most else f"task accuracy, of at most {most:,} transitions"
     right = {"title": {"text": words}, "overlaying": "y", "side": "right", "showgrid": False}
     result["layout"]["yaxis2"] = right | {"range": [0, 1.05], "tickmode": "linear", "dtick": 0.2}

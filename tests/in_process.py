@@ -20,7 +20,7 @@ class Killed(BaseException):
 
 
 def until_it_survives(monkeypatch, attempt, lives, after_death):
-    """Call `attempt` until it ends, killed at rename or replacement number 0, 1, ... as `lives` says; count deaths."""
+    """Call `attempt` until it ends, killed at rename, replacement or link 0, 1, ... as `lives` says; count deaths."""
     countdown, died, limit = itertools.count(), 0, 0
 
     def dying(real):
@@ -31,7 +31,7 @@ def until_it_survives(monkeypatch, attempt, lives, after_death):
 
         return call
 
-    for name in ("rename", "replace"):
+    for name in ("rename", "replace", "link"):
         monkeypatch.setattr(os, name, dying(getattr(os, name)))
     for limit in itertools.cycle(lives):  # noqa: B007 - read by `call`
         countdown = itertools.count()

@@ -231,5 +231,6 @@ def test_a_stranger_cannot_draw_on_the_terminal(stores, path):
         assert not set(result.output) & set(STEERS) - set("[2J1;H"), words
         if words[0] == "show" and not code:
             assert "signed by \u00c9milie\u3000\u7d75 (trusted)" in result.output
-            assert "\nnote: fine signed by ada (trusted)\n" in result.output
+            lines = [" ".join(line.split()) for line in result.output.splitlines()]
+            assert "note: fine signed by ada (trusted)" in lines
             assert not any(line.startswith("signed by") for line in result.output.splitlines()), "a line of its own"

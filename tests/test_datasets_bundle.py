@@ -326,6 +326,42 @@ def test_a_collection_whose_name_no_receiver_can_hold_is_not_packed(make_collect
     assert not (tmp_path / "z").exists()
 
 
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_the_same_pack_and_unpack_side_by_side(source, tmp_path, as_folder):
+    """Whoever is second finds the same bundle, or the same collection, and keeps it; another thing is no success."""
+    out, busy = tmp_path / "x", []
+
+    def beside(done, total):
+        if done > total * 0.9 and not busy:  # the first command to come here is overtaken
+            busy.append(True)
+            pack_bundle(source, out, as_folder=as_folder)
+
+    pack_bundle(source, out, as_folder=as_folder, progress=beside)
+    assert busy
+    busy.clear()
+
+    def unpacked(done, total):
+        if done > total * 0.9 and not busy:
+            busy.append(True)
+            unpack_bundle(out, tmp_path / "y")
+
+    unpack_bundle(out, tmp_path / "y", progress=unpacked)
+    assert busy
+
+    def other(done, total):
+        if done > total * 0.9 and not (tmp_path / "z").exists():
+            (tmp_path / "z").mkdir()
+            (tmp_path / "z" / "theirs").write_text("x")
+
+    if as_folder:
+        assert "is not this bundle" in refused(
+            lambda: pack_bundle(source, tmp_path / "z", as_folder=True, progress=other)
+        )
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="link is a link to nothing"):
+        pack_bundle(source, tmp_path / "link", as_folder=as_folder)
+
+
 def test_nothing_else_is_ever_replaced(packed, source, tmp_path):
     out = tmp_path / "x.zip"
     pack_bundle(source, out)
@@ -670,14 +706,14 @@ def test_a_full_disk_at_every_write(source, packed, tmp_path, monkeypatch, what)
     assert [entry.name for entry in (tmp_path / "made").iterdir()] == ["walks"]
 
 
-@pytest.mark.parametrize("function", ["fsync", "rename", "replace"])
+@pytest.mark.parametrize("function", ["fsync", "rename", "link"])
 def test_a_full_disk_when_the_work_is_published(source, packed, tmp_path, monkeypatch, function):
     def failing(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "made").mkdir()
     calls = [lambda: pack_bundle(source, tmp_path / "made" / "x.zip")] if function != "rename" else []
-    if function != "replace":
+    if function != "link":
         calls += [lambda: pack_bundle(source, tmp_path / "made" / NAME, as_folder=True)]
         calls += [lambda: unpack_bundle(packed, tmp_path / "made" / "walks")]
     for call in calls:

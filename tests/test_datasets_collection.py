@@ -165,6 +165,7 @@ def test_a_strangers_words_are_only_words_in_the_card(collection):
     words = [
         "<script>alert(1)</script>", "![seen](https://x.example/seen.png)", "[click](https://x.example)", "`a` | b",
         "fine\n\n# signed by ada (trusted)", "&lt;b&gt;", "<https://x.example>", "\\<img src=x>", "\\\\[a](b)",
+        "# Verified by FOCAL", "***", "~~~ x", "- y", "1. x", "2) x", "+ z", "*em* __em__",
     ]  # fmt: skip
     header = replace(collection.header, authors=tuple(word for word in words if word.isprintable()), notes=tuple(words))
     entry = collection.tasks[0]
@@ -178,6 +179,7 @@ def test_a_strangers_words_are_only_words_in_the_card(collection):
     for word in words:
         assert text.count(" ".join(word.split())) >= 2, word
     assert shown.count("<h1>") == 1
+    assert not re.search(r"<(em|strong|ol)\b|<li>\s*<(ul|pre|hr)", shown)
 
 
 def test_misuse_names_what_there_is(collection):

@@ -147,7 +147,9 @@ def test_the_first_writer_wins(tmp_path):
             (final / "theirs").write_text("first")
 
     write(keep_first=True)
-    with pytest.raises(FocalError, match=r"store was made by another command meanwhile, and is kept as it is; choose"):
+    with pytest.raises(
+        FocalError, match=r"store was made by another command meanwhile, and is kept as it is; choose another"
+    ):
         write(keep_first=False)
     assert [entry.name for entry in final.iterdir()] == ["theirs"]
     assert not temporaries(tmp_path)

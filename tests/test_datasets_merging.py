@@ -153,19 +153,31 @@ def test_the_same_episodes_twice_are_refused(pair, tmp_path):
             merge_collections([pair[0], open_collection(tmp_path / "a2")], tmp_path / "out", join=join)
 
 
-def test_an_episode_in_two_parts_is_refused(pair, make_collection, tmp_path):
-    """It would count twice; held out in one part and not in the other, it would be trained on."""
+def test_an_episode_in_two_parts_is_there_once(pair, make_collection, tmp_path):
+    """Runs from one seed are alike until they learn. Held out in one part and not in the other, it is held out."""
     a = pair[0]
     merge_collections([a], tmp_path / "expert", quality="expert")
-    with pytest.raises(UsageError, match=r"task 0 of \S+/expert and task 0 of \S+/a both hold the episode of seed \d+"):
+    with pytest.raises(UsageError, match=r"task 0 of \S+/a hold every episode of task 0 of \S+/expert; leave it out"):
         merge_collections([a, open_collection(tmp_path / "expert")], tmp_path / "out", join=True)
-    other = make(make_collection, tmp_path / "c", tasks=4, test=4, episodes=6, seed=9)
-    none = QualityRule(heldout_fraction=0)
-    parts = [relabel_collection(one.path, tmp_path / name, none) for one, name in ((a, "a0"), (other, "c0"))]
-    joined = merge_collections(parts, tmp_path / "joined", join=True)
-    with pytest.raises(UsageError, match="both hold the episode"):
-        merge_collections([a, joined], tmp_path / "out", join=True)
     assert not (tmp_path / "out").exists()
+    other = make(make_collection, tmp_path / "c", tasks=4, episodes=6, skills=(0.0, 0.3, 0.8, 1.0))
+    more = make(make_collection, tmp_path / "d", tasks=4, episodes=6, seed=9)
+    none = QualityRule(heldout_fraction=0)
+    parts = [relabel_collection(one.path, tmp_path / name, none) for one, name in ((other, "c0"), (more, "d0"))]
+    free = merge_collections(parts, tmp_path / "free", join=True)  # its marks are its own, no rule's
+    for number, parts in enumerate(([a, free], [free, a])):
+        joined = merge_collections(parts, tmp_path / f"joined{number}", join=True)
+        verify(joined.path)
+        assert "episodes that two inputs held, kept once: 24" in joined.header.notes  # the untrained policies' 6 a task
+        for index in range(4):
+            mine, theirs, both = (one.load(index) for one in (a, free, joined))
+            assert both.num_episodes == mine.num_episodes + theirs.num_episodes - 6
+            first = both.sac_steps == 0
+            assert sorted(both.seeds[first]) == sorted(
+                {*mine.seeds[mine.sac_steps == 0], *theirs.seeds[theirs.sac_steps == 0]}
+            )
+            marked = (mine.heldout == 1) & (mine.sac_steps == 0)
+            assert set(both.seeds[first & (both.heldout == 1)]) == set(mine.seeds[marked]) != set()
 
 
 @pytest.mark.parametrize(

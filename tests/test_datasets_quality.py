@@ -89,6 +89,7 @@ def test_heldout_depends_on_the_seeds_only():
 def test_heldout_is_never_everything_and_may_be_nothing():
     assert draw_heldout(np.zeros(3, "i8"), 0.99, (0,)).sum() == 2
     assert draw_heldout(np.zeros(30, "i8"), 0.0, (0,)).sum() == 0
+    assert draw_heldout(np.zeros(0, "i8"), 0.1, (0,)).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,12 +94,30 @@ def test_a_part_of_an_item_is_about_the_families_asked_for():
     assert part.trainings == tuple(t for t in ITEMS["figure 3"].trainings if t.family in (POINT, WIND))
     assert part.stem == "figure_3_point_wind", "beside the whole figure, not in its place"
     assert find_items("table", "2")[0].restricted([WIND]).families == (WIND,)
-    assert [item.name for item in find_items("figure", "4") if item.shows([VEL])] == ["figure 4b"]
     line = cli("reproduce", "figure", "4", "--env", "wind", code=2)
     assert "figure 4a is about walker, found --env wind" in line
     with pytest.raises(UsageError, match="figure 8 is about point, found --env wind"):
         find_items("figure", "8")[0].restricted([WIND])
     assert "unknown task family 'foo'" in cli("reproduce", "figure", "8", "--env", "foo", code=2)
+
+
+@pytest.mark.parametrize(
+    ("families", "parts"),
+    [
+        (("cheetah-vel",), {"figure 4b": (VEL,)}),
+        (("cheetah-vel", "walker"), {"figure 4a": ("walker-2d-params",), "figure 4b": (VEL, "walker-2d-params")}),
+    ],
+)
+def test_the_parts_of_a_figure_that_show_a_family(families, parts, monkeypatch):
+    made = {}
+
+    def reproduce(item, *_):
+        made[item.name] = item.only
+        return SimpleNamespace(files=[], notes=[])
+
+    monkeypatch.setattr("focal.reproduce.reproduce", reproduce)
+    cli("reproduce", "figure", "4", *(word for family in families for word in ("--env", family)))
+    assert made == parts
 
 
 def test_settings_tables_need_nothing(folders):

@@ -113,7 +113,9 @@ def write_run(run_dir: Path, run: Run) -> Run:
         seeds = tuple(sorted(set(saved.source.seeds) | set(run.source.seeds)))
         if seeds == saved.source.seeds:
             return saved
-        run = dataclasses.replace(saved, source=dataclasses.replace(saved.source, seeds=seeds))
+        size = saved.source.test_context_size
+        size = run.source.test_context_size if size is None else size
+        run = dataclasses.replace(saved, source=dataclasses.replace(saved.source, seeds=seeds, test_context_size=size))
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, run.to_json())
     return run
