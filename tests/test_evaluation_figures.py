@@ -131,6 +131,7 @@ def test_context_sizes_have_returns_on_the_left_and_accuracy_on_the_right(tmp_pa
     values = {("return", 1): 2.0, ("return", 10): 8.0, ("accuracy", 1): 0.25, ("accuracy", 10): 0.9}
     sweep = SimpleNamespace(
         sizes=[1, 10],
+        largest_judged=10,
         expert_return=9.0,
         tasks=SimpleNamespace(entries=range(5), quality="mixed"),
         over_seeds=lambda measure, size: Interval(values[measure, size], None, None, 1),
@@ -143,6 +144,9 @@ def test_context_sizes_have_returns_on_the_left_and_accuracy_on_the_right(tmp_pa
     assert set(left.lines[1].get_ydata()) == {9.0}, "the experts' return"
     assert set(right.lines[1].get_ydata()) == {0.2}, "chance of five tasks"
     assert left.get_title() == "point, mixed data"
+    sweep.largest_judged = 5
+    figures.context_size_curve(tmp_path / "x.png", {"point": sweep}, {"point": "sparse return"})
+    assert drawn["axes"][1].get_ylabel() == "task accuracy\nof at most 5 transitions"
 
 
 def test_tables_show_large_numbers_in_full():

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from focal import FocalError, paper, reproduce
+from focal import FocalError, experiment, paper, reproduce
 from focal.errors import DivergedError
 from focal.evaluation import figures
 from focal.evaluation.embeddings import TaskPoints
@@ -34,7 +34,11 @@ def made(monkeypatch, tmp_path):
             return {seed: logs.get(labels[run_dir], {0: 1.0 + seed, 10: 3.0 + seed}) for seed in seeds}
 
         monkeypatch.setattr(paper, "logged", logged)
-        monkeypatch.setattr(paper, "read_run", lambda run_dir: SimpleNamespace(source=source[run_dir]))
+        settings = SimpleNamespace(total_steps=10)
+        monkeypatch.setattr(
+            paper, "read_run", lambda run_dir: SimpleNamespace(source=source[run_dir], settings=settings)
+        )
+        monkeypatch.setattr(paper, "has_ended", lambda run_dir, seed, total_steps: True)
         monkeypatch.setattr(paper, "load_agent", lambda run_dir, seed: (labels[run_dir], seed))
         monkeypatch.setattr(paper, "last_step", lambda run_dir, seed: 10)
         return Material("laptop", tmp_path, collections or {}, runs, tmp_path / "out")
@@ -279,7 +283,8 @@ class TestRunsThatAreThere:
         source = SimpleNamespace(quality="expert", seeds=(0, 1))
         run = SimpleNamespace(settings=settings, source=source, content_hash=collection.content_hash)
         monkeypatch.setattr(reproduce, "read_run", lambda folder: run)
-        monkeypatch.setattr(reproduce, "last_step", lambda folder, seed: settings.total_steps * (seed == 0))
+        for module in (reproduce, experiment):
+            monkeypatch.setattr(module, "last_step", lambda folder, seed: settings.total_steps * (seed == 0))
 
         def train_run(request, bars):
             raise case.error
@@ -295,7 +300,7 @@ class TestRunsThatAreThere:
         return case
 
     def diverge(self, case):
-        (case.run_dir / "seed_1" / reproduce.DIVERGED).write_text("{}")
+        (case.run_dir / "seed_1" / paper.DIVERGED).write_text("{}")
 
     def test_a_run_of_which_a_seed_diverged_is_used(self, found):
         with pytest.raises(DivergedError):
