@@ -192,9 +192,8 @@ def _joined(
     episodes = Episodes.concatenate([replace(part, infos={name: part.infos[name] for name in infos}) for part in once])
     record = replace(entry.record, index=index, split=split)
     if len(group) > 1:
-        return (record, entry.rule, (), episodes, "given"), sum(part.num_episodes for part in loaded) - len(
-            episodes.seeds
-        )
+        left_out = sum(part.num_episodes for part in loaded) - episodes.num_episodes
+        return (record, entry.rule, (), episodes, "given"), left_out
     seeds, labels = labelling_that_holds(episodes, record.references, entry.rule, entry.heldout_seeds, entry.labels)
     return (record, entry.rule, seeds, episodes, labels), 0
 
