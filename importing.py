@@ -17,7 +17,7 @@ from .datasets.storage import read_json
 from .envs import Rollouts, Split, TaskFamily, get_family, stream
 from .envs.batch import env_class
 from .envs.locomotion import LocomotionEnv
-from .envs.point_robot import distance, sparse_reward
+from .envs.point_robot import SparsePointRobotEnv, distance, sparse_reward
 from .envs.tasks import SPLIT_STREAM
 from .errors import UsageError, did_you_mean
 
@@ -43,7 +43,9 @@ def family_facts(env: str, horizon: int | None = None) -> FamilyFacts:
         absolute_x=family.absolute_x,
         terminates=terminates,
         infos=("sparse_reward",) if family.sparse else ("x_velocity",) if locomotion else (),
-        sparse_reward=_sparse_reward if family.sparse else None,
+        sparse_reward=(_sparse_reward if issubclass(environment, SparsePointRobotEnv) else _no_sparse_reward)
+        if family.sparse
+        else None,
     )
 
 
@@ -170,6 +172,13 @@ def _sparse_reward(params: Mapping[str, Any], after: np.ndarray, rewards: np.nda
     return sparse_reward(-np.asarray(rewards, np.float64))
 
 
+def _no_sparse_reward(params: Mapping[str, Any], after: np.ndarray, rewards: np.ndarray) -> np.ndarray:
+    raise UsageError(
+        "the source has no infos/sparse_reward, expected one, as this family has a sparse reward of its own that "
+        "cannot be told from the dense one; import a source that has it"
+    )
+
+
 def expert_test(env: str, horizon: int) -> Callable[..., tuple[bool, str]]:
     """Return the family's absolute expert test for imported episodes; speeds are recovered from the rewards."""
     family = get_family(env)
@@ -219,6 +228,9 @@ def _velocity(family: TaskFamily, params: Params, episodes: Episodes) -> np.ndar
     Half-Cheetah-Vel tells only |v - v*|, all its test needs; the ant's contact cost is taken for 0, as in the released
     code.
     """
+    if family.name not in ("half-cheetah-vel", "half-cheetah-fwd-back", "ant-fwd-back", "walker-2d-params"):
+        raise UsageError(f"{family.name}'s expert test needs info x_velocity, which the source has not, and its reward "
+                         "is not known here to tell it; import without --label scores")  # fmt: skip
     effort, rewards = np.square(episodes.actions.astype(float)).sum(axis=1), episodes.rewards.astype(float)
     if family.name == "half-cheetah-vel":
         return params["target_velocity"] - (rewards + 0.05 * effort)

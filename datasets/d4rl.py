@@ -28,6 +28,7 @@ from .foreign import (
     connected,
     lengths_of,
     make_episodes,
+    refuse_longer,
     restored_ends,
     with_sparse_reward,
 )
@@ -98,6 +99,11 @@ def read_task(source: Path, task: ImportTask, facts: FamilyFacts, notes: Notes) 
     if not len(arrays["rewards"]):
         raise FocalError(f"{path} has no transitions, expected at least one; leave the file out, or get it again")
     terminals, timeouts = arrays["terminals"] != 0, arrays.get("timeouts")
+    if timeouts is None and "next_observations" not in arrays and not terminals.any():
+        raise FocalError(
+            f"{path}: nothing says where its episodes end (terminals are all 0, and there are neither timeouts nor "
+            "next_observations); expected a file with one of them, as version 2 of D4RL's data have"
+        )
     lengths = lengths_of(terminals if timeouts is None else terminals | (timeouts != 0))
     last = np.cumsum(lengths) - 1
     limited = None if timeouts is None else timeouts[last] != 0
@@ -112,6 +118,7 @@ def read_task(source: Path, task: ImportTask, facts: FamilyFacts, notes: Notes) 
         table = {}
         ends = restored_ends(lengths, terminals[last], limited, facts, notes)
     if "next_observations" not in arrays:
+        refuse_longer(str(path), lengths, facts)  # before a step of each is left out
         arrays, infos, lengths, ends = _without_last_steps(path, arrays, infos, lengths, ends, notes)
     following = arrays["next_observations"]
     return make_episodes(

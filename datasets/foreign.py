@@ -25,6 +25,7 @@ UNKNOWN_SEED = -1
 ADVICE = "get the data again from where they were published"
 
 TIME_LIMITS = "episodes whose time limit the source recorded as terminal, restored as truncated"
+IMPOSSIBLE = "terminations kept before the time limit, though environments of this family never terminate"
 ROUNDED = "arrays whose numbers were rounded to float32"
 RESTATED = "episodes whose return was stated otherwise than their rewards add up to, replaced by that sum"
 
@@ -148,16 +149,33 @@ def restored_ends(lengths: Array, terminated: Array, limited: Array | None, fact
     `limited` says that the time limit came, None where the source has no such flag. A termination exactly at the time
     limit is taken for the time limit itself where the family cannot terminate, or where the source never marks a time
     limit on its own: then it did not tell the two apart, and a Bellman target would stop where it must not. An episode
-    without any flag was cut, unless it is as long as the time limit.
+    without any flag was cut, unless it is as long as the time limit. Raises `FocalError` where the family cannot
+    terminate and every episode does, after the same number of steps: that was another time limit.
     """
     at_limit = lengths == facts.horizon
     marked = np.zeros(len(lengths), bool) if limited is None else limited
     restored = terminated & at_limit & (not facts.terminates or not (marked & ~terminated).any())
     notes.add(TIME_LIMITS, int(restored.sum()))
+    impossible = terminated & ~at_limit & (not facts.terminates)
+    if len(lengths) > 1 and impossible.all() and (lengths == lengths[0]).all():
+        raise FocalError(
+            f"every episode terminates after {lengths[0]} steps, expected none to, as {facts.name} ends by its time "
+            f"limit only; if that was the data's time limit, say so: --horizon {lengths[0]}"
+        )
+    notes.add(IMPOSSIBLE, int(impossible.sum()))
     ends = np.full(len(lengths), End.CUT, np.uint8)
     ends[marked | at_limit] = End.TRUNCATED
     ends[terminated & ~restored] = End.TERMINATED
     return ends
+
+
+def refuse_longer(where: str, lengths: Array, facts: FamilyFacts) -> None:
+    """Raise `FocalError` for episodes (E,) longer than the time limit."""
+    if len(lengths) and lengths.max() > facts.horizon:
+        raise FocalError(
+            f"{where}: an episode of {lengths.max()} steps, expected at most {facts.horizon}, the time limit of "
+            f"{facts.name}; if the data were collected with another one, say so: --horizon {lengths.max()}"
+        )
 
 
 def make_episodes(
@@ -176,11 +194,7 @@ def make_episodes(
 
     `table` holds the (E,) fields that the source knows. Raises `FocalError` for episodes that cannot be this family's.
     """
-    if len(lengths) and lengths.max() > facts.horizon:
-        raise FocalError(
-            f"{where}: an episode of {lengths.max()} steps, expected at most {facts.horizon}, the time limit of "
-            f"{facts.name}; if the data were collected with another one, say so: --horizon {lengths.max()}"
-        )
+    refuse_longer(where, lengths, facts)
     if len(actions) and not (largest := float(np.abs(actions.astype("<f4")).max())) <= LARGEST_ACTION:
         raise FocalError(
             f"{where}: actions of up to {largest:g}, expected -1 to 1 as in every family here; "

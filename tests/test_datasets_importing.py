@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from focal.cli import main
 from focal.datasets import End, Episodes, Quality, open_collection, relabel_collection, verify_collection
-from focal.datasets.foreign import TIME_LIMITS, FamilyFacts, Notes, restored_ends
+from focal.datasets.foreign import IMPOSSIBLE, TIME_LIMITS, FamilyFacts, Notes, restored_ends
 from focal.datasets.importing import ImportRequest, import_collection, list_tasks
 from focal.datasets.quality import QualityRule
 from focal.envs.tasks import published_goals
@@ -112,6 +112,15 @@ def test_time_limits_are_restored(lengths, terminated, limited, terminates, expe
     ends = restored_ends(np.array(lengths), np.array(terminated, bool), flags, facts, notes)
     assert ends.tolist() == expected
     assert notes.sentences() == ((f"{TIME_LIMITS}: {restored}",) if restored else ())
+
+
+def test_terminations_of_a_family_that_never_terminates():
+    facts, notes = replace(H, terminates=False), Notes()
+    with pytest.raises(FocalError, match=r"every episode terminates after 100 steps, expected none to.*--horizon 100"):
+        restored_ends(np.array([100, 100]), np.array([True, True]), None, facts, notes)
+    ends = restored_ends(np.array([100, 60, 200]), np.array([True, True, True]), None, facts, notes)
+    assert ends.tolist() == [TERMINATED, TERMINATED, TRUNCATED]
+    assert notes.sentences() == (f"{TIME_LIMITS}: 1", f"{IMPOSSIBLE}: 2")
 
 
 # ---- UNICORN and CORRO ----
@@ -531,6 +540,24 @@ def test_d4rl_without_next_observations(tmp_path):
     write_d4rl(path, written, at_ends(written, [0, 1, 1]), at_ends(written, [1, 0, 0]), following=False)
     message = refused(tmp_path / "data", "d4rl", tmp_path / "b", "cheetah-vel", said)
     assert "has episodes that terminate but no next_observations" in message
+
+
+def test_d4rl_that_does_not_say_where_episodes_end(tmp_path):
+    """Two episodes end to end would else be one with a step from the end of the first to the start of the second."""
+    written = made_up([200, 200], 20, 6)
+    write_d4rl(tmp_path / "a.hdf5", written, np.zeros(400, bool), following=False)
+    said = tasks_file(tmp_path, a_hdf5={**VELOCITY, "split": "both"})
+    message = refused(tmp_path / "a.hdf5", "d4rl", tmp_path / "out", "cheetah-vel", said)
+    assert "nothing says where its episodes end" in message
+    assert "--horizon" not in message
+
+
+def test_d4rl_names_the_time_limit_before_it_leaves_steps_out(tmp_path):
+    written = made_up([400, 400], 20, 6)
+    write_d4rl(tmp_path / "a.hdf5", written, np.zeros(800, bool), at_ends(written, [1, 1]), following=False)
+    said = tasks_file(tmp_path, a_hdf5={**VELOCITY, "split": "both"})
+    message = refused(tmp_path / "a.hdf5", "d4rl", tmp_path / "out", "cheetah-vel", said)
+    assert message.endswith("say so: --horizon 400")
 
 
 def test_d4rl_without_anything_to_learn_from(tmp_path):

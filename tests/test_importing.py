@@ -1,11 +1,15 @@
 """What imports take from the environments: facts about families, parameters of tasks, speeds from rewards."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from focal.datasets.foreign import SourceTask
 from focal.datasets.importing import list_tasks
 from focal.envs import FAMILIES, get_family, make_batch, rollout
+from focal.envs.locomotion import HalfCheetahVelEnv
+from focal.envs.point_robot import PointRobotEnv
 from focal.errors import FocalError, UsageError
 from focal.importing import _velocity, expert_test, family_facts, plan_tasks
 
@@ -21,6 +25,21 @@ def test_facts_of_every_family():
     }
     assert facts["half-cheetah-vel"].absolute_x == 17
     assert family_facts("point", 7).horizon == 7
+
+
+@pytest.mark.parametrize(("environment", "sparse"), [(PointRobotEnv, True), (HalfCheetahVelEnv, False)])
+def test_what_is_not_known_of_an_added_family_is_not_made_up(monkeypatch, environment, sparse):
+    """The rewards of the built-in families are not those of a family that somebody derived from them."""
+    family = dataclasses.replace(get_family("cheetah-vel"), name="mine", alias="own", sparse=sparse)
+    monkeypatch.setitem(FAMILIES, "mine", family)
+    monkeypatch.setattr("focal.importing.env_class", lambda _: environment)
+    facts, episodes = family_facts("mine"), made_up([200, 200], 20, 6)
+    if sparse:
+        with pytest.raises(UsageError, match="the source has no infos/sparse_reward, expected one"):
+            facts.sparse_reward({}, episodes.observations, episodes.rewards)
+    else:
+        with pytest.raises(UsageError, match=r"expert test needs info x_velocity.*import without --label scores"):
+            expert_test("mine", 200)({}, episodes, episodes, None)
 
 
 @pytest.mark.parametrize("name", ["cheetah-vel", "cheetah-dir", "ant-dir", "walker"])
