@@ -7,11 +7,14 @@ finds there, as it does when a command is given again.
 
 import functools
 import hashlib
+import importlib.util
 import logging
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from .files import is_disk_full
 from .workers import Key, Report
 
 RESTARTS = 10  # of a job whose node or process died
+SCRIPT: Path | None = None
+"""Whose families or methods were added (extend.py): a node runs it as worker processes do, before its first job."""
 POLL = 1.0  # seconds between looks at what the nodes do
 PATIENCE = 180.0  # seconds; a network file system keeps a dead node's locks up to 90, and old lists of names up to 60
 
@@ -58,7 +63,8 @@ def run_on_cluster(
     ray = _connect(cluster.address)
     try:
         gpus = _gpus_each(ray, cluster.device)
-        place = _Place({path: _content_hash(path) for path in cluster.shared}, __version__)
+        shared = (*cluster.shared, *((SCRIPT,) if SCRIPT else ()))
+        place = _Place({path: _content_hash(path) for path in shared}, __version__, SCRIPT)
         mailbox = None if watch else _open_mailbox(ray)
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RESTARTS, scheduling_strategy="SPREAD")(_on_node)
         references = {remote.remote(work, job, place, mailbox): key for key, job in jobs.items()}
@@ -91,6 +97,7 @@ class _Place:
 
     files: Mapping[Path, str]  # path and content hash
     version: str
+    script: Path | None = None
 
     def refuse_unfit_node(self) -> None:
         """Raise `UnfitNodeError` where this node has another version, or does not come to see the same files."""
@@ -106,6 +113,16 @@ class _Place:
                     f"node {node} does not see {path.parent} as this machine does; choose folders on storage that all "
                     "nodes share under the same path, see docs/cluster.md"
                 )
+
+    def import_script(self) -> None:
+        """Add what the user's script adds, once in a process, under the name that spawned processes give it, too."""
+        if self.script is None or str(self.script) == getattr(sys.modules.get("__mp_main__"), "__file__", None):
+            return
+        loader = SourceFileLoader("__mp_main__", str(self.script))
+        spec = importlib.util.spec_from_loader("__mp_main__", loader)
+        assert spec is not None
+        sys.modules["__mp_main__"] = module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
 
 
 def _content_hash(path: Path) -> str:
@@ -153,6 +170,7 @@ def _on_node(work: Callable[[Any, Report], None], job: Any, place: _Place, mailb
 
     torch.set_num_threads(1)
     place.refuse_unfit_node()
+    place.import_script()
     last: list[Any] = []
 
     def report(*values: Any) -> None:

@@ -7,11 +7,14 @@ docs/extending.md walks through an example of each. Add them at the top level of
 again. Stores and runs stay plain data; whoever opens them needs the script too.
 """
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 
+from . import cluster
 from .datagen import settings as stage_one
 from .envs import FAMILIES, TaskFamily
 from .errors import UsageError
@@ -35,6 +38,7 @@ def add_family(
         taken = {other.name, other.alias, other.env_id} & {family.name, family.alias, family.env_id}
         if taken:
             raise UsageError(f"{sorted(taken)[0]} is a family already; choose another name")
+    _remember_script()
     FAMILIES[family.name] = family
     gymnasium.register(family.env_id, entry_point=env_class)
     generate = dict(generate or {})
@@ -47,4 +51,11 @@ def add_method(name: str, method: Method) -> None:
     """Add a method that `focal-cli train --algo NAME` trains. Raises `UsageError` when the name is taken."""
     if name in METHODS:
         raise UsageError(f"{name} is a method already; choose another name")
+    _remember_script()
     METHODS[name] = method
+
+
+def _remember_script() -> None:
+    """Tell the nodes of a Ray cluster which script to run; worker processes here import it by themselves."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    cluster.SCRIPT = Path(file).resolve() if file else None

@@ -269,12 +269,23 @@ class BatchedSingles(BatchedEnvs):
         for row, (slot, action) in enumerate(zip(live.tolist(), actions, strict=True)):
             try:
                 observations[row], rewards[row], terminated[row], _, info = self._envs[slot].step(action)
+                numbers = {name: _number(name, value) for name, value in info.items()}
             except Exception as error:
                 self.errors[slot] = error
                 continue
-            for name, value in info.items():
+            for name, value in numbers.items():
                 infos.setdefault(name, np.zeros(len(live)))[row] = value
         return observations, rewards, terminated, infos
+
+
+def _number(name: str, value: Any) -> float:
+    """An entry of a step's `info` as it is recorded. Raises `TypeError` for what is not one number."""
+    if not isinstance(value, bool | int | float | np.number | np.bool_) and np.shape(value) != ():
+        raise TypeError(f"info['{name}'] has shape {np.shape(value)}, expected one number a step; leave it out of info")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"info['{name}'] is {value!r}, expected one number a step; leave it out of info") from None
 
 
 def env_class(family: TaskFamily) -> Any:

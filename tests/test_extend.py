@@ -1,6 +1,7 @@
 """Adding a family and a method from outside: what is refused, and that the examples keep their contracts."""
 
 import importlib.util
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,9 @@ import gymnasium
 import numpy as np
 import pytest
 
-from focal import UsageError, extend
+from focal import UsageError, cluster, extend
 from focal.datagen import generate_settings
-from focal.envs import FAMILIES, get_family, make_batch, rollout
+from focal.envs import FAMILIES, EnvironmentFailure, get_family, make_batch, rollout
 from focal.trainer import settings as stage_two
 from focal.trainer.methods import METHODS, train_settings
 
@@ -32,6 +33,7 @@ def examples():
         table.clear()
         table.update(kept)
     gymnasium.registry.pop("mine/RotatedRobot-v0")
+    cluster.SCRIPT = None
 
 
 def test_examples_are_short(examples):
@@ -95,6 +97,51 @@ def test_its_expert_test_knows_the_straight_line(examples):
     idle = family.passes_expert_test(rollout(envs, lambda obs: np.zeros((1, 2), np.float32), [0]), task)
     assert not idle.reached
     assert idle.measured.startswith("0.00 of the way")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [("hit", "is 'hit'"), (None, "is None"), (np.zeros(2), r"has shape \(2,\)")], ids=str
+)
+def test_info_is_one_number_a_step(examples, monkeypatch, value, found):
+    family = get_family("rotated")
+    step = examples["rotated_robot"].RotatedRobotEnv.step
+    given = {"speed": np.float32(1.5), "hit": True, "strange": value}
+    monkeypatch.setattr(examples["rotated_robot"].RotatedRobotEnv, "step", lambda *args: (*step(*args)[:4], given))
+    envs = make_batch(family, [{"angle": 0.0}])
+
+    def idle(observations):
+        return np.zeros((1, 2), np.float32)
+
+    with pytest.raises(
+        EnvironmentFailure, match=rf"info\['strange'\] {found}, expected one number a step; leave it out"
+    ):
+        rollout(envs, idle, [0])
+    del given["strange"]
+    infos = rollout(make_batch(family, [{"angle": 0.0}]), idle, [0]).infos
+    assert {name: set(values.ravel()) for name, values in infos.items()} == {"speed": {1.5}, "hit": {1.0}}
+
+
+def test_nodes_of_a_cluster_run_the_script_that_added_a_family(tmp_path):
+    """In a process that imported nothing of it, as Ray's are; twice, since they do one job after the other."""
+    script = EXAMPLES / "rotated_robot.py"
+    program = f"""
+import sys
+from pathlib import Path
+from focal import cluster
+from focal.envs import get_family
+place = cluster._Place({{}}, cluster.__version__, Path({str(script)!r}))
+place.import_script()
+place.import_script()
+print(get_family("rotated").name)
+cluster._Place({{}}, cluster.__version__).import_script()
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stdout.split() == ["rotated-point-robot"]
+    asked = f"import runpy, sys; sys.argv = ['x', 'envs']; runpy.run_path({str(script)!r}, run_name='kept')"
+    asked += "; from focal import cluster; print(cluster.SCRIPT)"
+    (tmp_path / "mine.py").write_text(asked.replace("; ", "\n"))
+    found = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert found.stdout.split() == [str(tmp_path / "mine.py")]
 
 
 def test_names_cannot_be_taken_twice(examples):
