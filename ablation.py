@@ -391,6 +391,14 @@ def ablation_page(name: str, measured: Mapping[str, Measured], known: Mapping[st
         raise FocalError(f"no row of {name} was measured yet; focal-cli ablate --rows base")
     first = next(iter(measured.values()))
     alias, quality = get_family(first.identity["family"]).alias, first.identity["quality"]
+    for one in measured.values():
+        for key in ("content_hash", "episodes", "test_seed"):
+            if (found := one.identity[key]) != (expected := first.identity[key]):
+                raise FocalError(
+                    f"{name}: row {one.row.name} was tested with {key} {found}, row {first.row.name} with {expected}, "
+                    "but one table is of one test; give both the same collection, --episodes and --test-seed: "
+                    f"focal-cli ablate --rows {first.row.name},{one.row.name}"
+                )
     done = [row for name, row in known.items() if name in measured]
     not_run = "Every row was run."
     if missing := [name for name in known if name not in measured]:

@@ -12,13 +12,15 @@ from typing import Any
 
 import click
 
-from .errors import FocalError, UsageError, printable
+from .errors import FocalError, UsageError, printable, unless_default
 from .settings import SCALES
 
 QUALITIES = ("random", "medium", "expert", "mixed")
 METHODS = ("focal", "batch-pearl", "contextual-bcq", "mbml")
 PROTOCOLS = ("offline", "shift", "online", "mbml")
 UNITS = ("transitions", "episodes")
+SCALE_HELP = "How much: smoke (seconds, shows that it runs), laptop (minutes to hours), paper (days)."
+SWEEP_SIZES = "1,2,5,10,20,50,100,200,500,1000"
 
 
 class Cli(click.Group):
@@ -51,7 +53,9 @@ def explain(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         place = Path(error.filename)
-        return str(disk_full(place)) if is_disk_full(error) else f"{place}: {error.strerror or error}"
+        if is_disk_full(error):
+            return str(disk_full(place))
+        return f"{place}: {error.strerror or error}; mend that, or choose another place, and run the same command again"
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}; that is our mistake: please report it with what --debug prints"
 
@@ -64,6 +68,21 @@ class Location(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         """See click."""
         return value if isinstance(value, Path) or "://" in value else Path(value)
+
+
+class RunName(click.ParamType):
+    """Name of a folder directly inside --runs, where commands that are given no run look for one."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See click."""
+        if "/" in value or value.startswith(".") or value in ("", "comparisons", "ablations", "teachers"):
+            raise UsageError(
+                f"--name '{value}', expected the name of a folder inside --runs: without /, not beginning with a dot, "
+                "not comparisons, ablations or teachers; for example --name first"
+            )
+        return str(value)
 
 
 def stores_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,6 +104,10 @@ def runs_option(command: Callable[..., Any]) -> Callable[..., Any]:
 ray_option = click.option(
     "--ray", metavar="ADDRESS", help="Run on this Ray cluster, for example auto, not here; see docs/cluster.md."
 )
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    help="auto is cuda where torch finds one.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print machine-readable JSON instead of a table.")
 set_option = click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="Change one setting.")
 
@@ -123,18 +146,24 @@ def data() -> None:
 
 @data.command()
 @click.option("--env", "env_name", required=True, help="Task family, see `focal-cli envs`.")
-@click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True)
+@click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True, help=SCALE_HELP)
 @click.option("--tasks", metavar="TRAIN[/TEST]", help="Number of tasks, for example 20/5.")
-@click.option("--tasks-from", type=click.Choice(["seed", "published"]), default="seed", show_default=True)
+@click.option(
+    "--tasks-from",
+    type=click.Choice(["seed", "published"]),
+    default="seed",
+    show_default=True,
+    help="Draw the tasks from --seed, or take those of the authors' code.",
+)
 @click.option(
     "--engine",
     type=click.Choice(["sb3", "fleet"]),
     help="One task at a time, or many. [default: fleet for the point robots, else sb3]",
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes side by side. [default: all cores, or all GPUs]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@device_option
 @ray_option
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of tasks and training.")
 @click.option("--licence", default="CC-BY-4.0", show_default=True, help="SPDX identifier.")
 @click.option("--author", "authors", multiple=True, help="May be given several times.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Collection folder. [default: STORES/FAMILY]")
@@ -162,6 +191,8 @@ def generate(
     with GenerateBars(family.name) as bars:
         collection = generate(request, bars)
     print_collection(collection)
+    if (licence, tuple(authors) or collection.authors) != (collection.licence, collection.authors):
+        click.echo("note: it was complete already, so licence and authors stay as they are", err=True)
 
 
 def _task_counts(tasks: str | None) -> dict[str, Any]:
@@ -183,7 +214,8 @@ def list_(stores: Path, as_json: bool) -> None:
 
     paths = find_collections(stores)
     if not paths and not as_json:
-        raise FocalError(f"no collection in {stores}; make one with: focal-cli data generate --env point --scale smoke")
+        where = unless_default("--stores", stores, "stores")
+        raise FocalError(f"no collection in {stores}; make one with: focal-cli data generate --env point{where}")
     rows = []
     for path in paths:
         try:
@@ -304,7 +336,9 @@ def export(path: Path | str, form: str, output: Path) -> None:
 @data.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=Location())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new collection.")
-@click.option("--data", "quality", type=click.Choice(QUALITIES), default="mixed", show_default=True)
+@click.option(
+    "--data", "quality", type=click.Choice(QUALITIES), default="mixed", show_default=True, help="Episodes to keep."
+)
 @click.option("--tasks", "tasks", multiple=True, metavar="0-9,12", help="Tasks to keep, once per PATH.")
 @click.option("--join", is_flag=True, help="Join the episodes of tasks with the same parameters.")
 @click.option("--name", help="[default: FAMILY-merged]")
@@ -511,12 +545,12 @@ def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
 @click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
 @click.option("--data", "quality", type=click.Choice(QUALITIES), required=True, help="Quality to train on.")
 @click.option("--algo", metavar="METHOD", help=f"{', '.join(METHODS)}. [default: focal, or that of the run continued]")
-@click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="First seed.")
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Number of seeds.")
+@click.option("--scale", type=click.Choice(SCALES), help=f"{SCALE_HELP} [default: the collection's own]")
+@click.option("--seed", type=click.IntRange(0), help="First seed. [default: 0; with --resume those of the run]")
+@click.option("--seeds", type=click.IntRange(1), help="Number of seeds. [default: 1; with --resume those of the run]")
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--name", help="Run folder's name. [default: family, quality, algorithm and time]")
+@device_option
+@click.option("--name", type=RunName(), help="Run folder's name. [default: family, quality, algorithm and time]")
 @click.option("--resume", is_flag=True, help="Continue the run NAME (started if it is not there), or the newest run.")
 @click.option(
     "--cache",
@@ -528,19 +562,19 @@ def _print_bundle(report: Any, as_json: bool, what: str, **more: str) -> None:
 @runs_option
 @set_option
 def train(
-    env_name: str | None, collection: Path | str | None, quality: str, algo: str | None, scale: str | None, seed: int,
-    seeds: int, workers: int | None, device: str, name: str | None, resume: bool, cache: Path | None, stores: Path,
-    runs: Path,
-    assignments: Sequence[str],
+    env_name: str | None, collection: Path | str | None, quality: str, algo: str | None, scale: str | None,
+    seed: int | None, seeds: int | None, workers: int | None, device: str, name: str | None, resume: bool,
+    cache: Path | None, stores: Path, runs: Path, assignments: Sequence[str],
 ) -> None:  # fmt: skip
     """Meta-train on a collection's training tasks."""
     from .console import TrainBars
     from .experiment import TrainRequest, choose_collection, train_run
 
+    first, named = seed or 0, seed is not None or seeds is not None
     request = TrainRequest(
         collection=choose_collection(stores, env_name, collection), quality=quality, scale=scale,
-        seeds=tuple(range(seed, seed + seeds)), assignments=tuple(assignments), runs=runs, name=name, resume=resume,
-        workers=workers or 0, cache=cache, device=device, algo=algo,
+        seeds=tuple(range(first, first + (seeds or 1))) if named else (), assignments=tuple(assignments), runs=runs,
+        name=name, resume=resume, workers=workers or 0, cache=cache, device=device, algo=algo,
     )  # fmt: skip
     with TrainBars() as bars:
         run = train_run(request, bars)
@@ -558,26 +592,28 @@ def train(
     help="Context from logged data; from other tasks' behaviour policies in the test task; self-collected; or as in "
     "MBML's code (5 self-collected episodes, mean of the last 3).",
 )
-@click.option("--context-size", type=click.IntRange(1), help="Size of a context. [default: as trained, or 1 episode]")
+@click.option(
+    "--context-size", type=click.IntRange(1), help="Size of a context. [default: as trained, or 1 episode; mbml: 5]"
+)
 @click.option(
     "--context-unit",
     "unit",
     type=click.Choice(UNITS),
-    help="Independent transitions or whole episodes. [default: transitions; online: episodes]",
+    help="Independent transitions or whole episodes. [default: transitions; online, mbml: episodes]",
 )
 @click.option("--sweep", is_flag=True, help="Instead: contexts of many sizes.")
-@click.option("--sizes", default="1,2,5,10,20,50,100,200,500,1000", show_default=True, help="Those of --sweep.")
+@click.option("--sizes", metavar="A,B,...", help=f"Those of --sweep. [default: {SWEEP_SIZES}]")
 @click.option("--matrix", is_flag=True, help="Instead: contexts of every quality, on the tasks that have them all.")
 @click.option("--only-seeds", metavar="A,B,...", help="Of the run's seeds, where another diverged. [default: all]")
 @click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Episodes per task.")
-@click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True, help="Of contexts and rollouts.")
 @click.option("--figures/--no-figures", default=True, help="Save pictures in RUN/figures.")
 @stores_option
 @runs_option
 @json_option
 def test(
     run: Path | None, quality: str | None, protocol: str, context_size: int | None, unit: str | None,
-    sweep: bool, sizes: str, matrix: bool, only_seeds: str | None, episodes: int, test_seed: int, figures: bool,
+    sweep: bool, sizes: str | None, matrix: bool, only_seeds: str | None, episodes: int, test_seed: int, figures: bool,
     stores: Path, runs: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Meta-test a run on its test tasks, all its seeds, beside the controls. RUN defaults to the newest."""
@@ -591,13 +627,15 @@ def test(
         raise UsageError("--sweep and --matrix test offline contexts of transitions, one of them at a time")
     if sweep and context_size is not None:
         raise UsageError(f"--sweep takes its sizes from --sizes, found --context-size {context_size}; leave it out")
+    if sizes is not None and not sweep:
+        raise UsageError(f"--sizes {sizes} is of --sweep; add --sweep, or say --context-size for one size")
     if matrix and quality is not None:
         raise UsageError(f"--matrix takes contexts of every quality, found --data {quality}; leave it out")
     folder, seeds = run or newest_run(runs), None if only_seeds is None else parse_seeds(only_seeds)
     torch.set_num_threads(1)  # at these network sizes more threads only wait for each other
     pictures: list[Path] = []
     if sweep:
-        swept = sweep_run(folder, stores, quality, parse_sizes(sizes), episodes, test_seed, seeds)
+        swept = sweep_run(folder, stores, quality, parse_sizes(sizes or SWEEP_SIZES), episodes, test_seed, seeds)
         _print_result(swept.to_json(), as_json, lambda: print_sweep(swept))
         pictures = swept.draw() if figures else []
     elif matrix:
@@ -620,18 +658,18 @@ def test(
 @click.option("--data", "quality", type=click.Choice(QUALITIES), required=True, help="Quality of training and context.")
 @click.option("--algos", default=",".join(METHODS), show_default=True, metavar="A,B,...", help="Methods.")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Seeds of each.")
-@click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
-@click.option("--protocol", type=click.Choice(PROTOCOLS), default="offline", show_default=True)
+@click.option("--scale", type=click.Choice(SCALES), help=f"{SCALE_HELP} [default: the collection's own]")
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default="offline", show_default=True, help="See test.")
 @click.option(
     "--context-size", type=click.IntRange(1), help="Of test contexts. [default: the largest trained with; see test]"
 )
 @click.option("--context-unit", "unit", type=click.Choice(UNITS), help="[default: transitions; online, mbml: episodes]")
 @click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Test episodes per task.")
-@click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True, help="Of contexts and rollouts.")
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@device_option
 @ray_option
-@click.option("--name", help="The runs are NAME-ALGO. [default: family and quality, e.g. walker-mixed]")
+@click.option("--name", type=RunName(), help="The runs are NAME-ALGO. [default: family and quality, e.g. walker-mixed]")
 @stores_option
 @runs_option
 @set_option
@@ -682,14 +720,17 @@ def compare(
 @main.command()
 @click.option("--env", "env_name", help="Task family; may be left out where STORES holds one collection.")
 @click.option("--collection", type=Location(), help="Collection folder or s3:// URL, instead of --env.")
-@click.option("--data", "quality", type=click.Choice(QUALITIES), default="mixed", show_default=True)
+@click.option(
+    "--data", "quality", type=click.Choice(QUALITIES), default="mixed", show_default=True,
+    help="Quality of training and context.",
+)  # fmt: skip
 @click.option("--rows", metavar="A,B,...|all", help="Rows to train and test, with those they are compared with.")
 @click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="Seeds of each.")
-@click.option("--scale", type=click.Choice(SCALES), help="[default: the collection's own]")
+@click.option("--scale", type=click.Choice(SCALES), help=f"{SCALE_HELP} [default: the collection's own]")
 @click.option("--episodes", type=click.IntRange(1), default=10, show_default=True, help="Test episodes per task.")
-@click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--test-seed", type=click.IntRange(0), default=0, show_default=True, help="Of contexts and rollouts.")
 @click.option("--workers", type=click.IntRange(1), help="Seeds trained side by side. [default: all cores]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@device_option
 @ray_option
 @click.option("--table", type=click.Path(path_type=Path), help="Write all that was measured so far, as Markdown.")
 @stores_option
@@ -773,8 +814,10 @@ def report(runs_shown: Sequence[Path], output: Path, rollouts: bool, stores: Pat
     import torch
 
     from .experiment import newest_run
+    from .files import check_writable
     from .reporting import write_report
 
+    check_writable(output)  # here, not after an hour of tests
     torch.set_num_threads(1)
     written = write_report(runs_shown or [newest_run(runs)], stores, output, rollouts)
     click.echo(f"saved {written} ({written.stat().st_size / 2**20:.1f} MiB); open it in a browser")
@@ -801,7 +844,7 @@ def export_policy(run: Path | None, seed: int | None, output: Path | None, runs:
 @click.argument("kind", required=False, type=click.Choice(["figure", "table"]))
 @click.argument("number", required=False)
 @click.option("--env", "families", multiple=True, help="Only this family's part of it; may be repeated.")
-@click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True)
+@click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True, help=SCALE_HELP)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("reproduced"), show_default=True)
 @click.option("--workers", type=click.IntRange(1), help="Processes. [default: all cores]")
 @stores_option

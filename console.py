@@ -130,7 +130,8 @@ class GenerateBars(_Bars, GenerateProgress):
             self._tenths = self.done // max(1, total // 10)
             rate = (self.done - self._before) / max(time.monotonic() - self._started, 1e-9)
             left = (total - self.done) / max(rate, 1e-9)
-            console.print(f"{self.done:,} of {total:,} steps, {rate:,.0f} steps/s, about {left / 60:.0f} minutes left")
+            about = f"{left / 60:.0f} minutes" if left >= 120 else f"{left:.0f} seconds"
+            console.print(f"{self.done:,} of {total:,} steps, {rate:,.0f} steps/s, about {about} left")
 
 
 class TrainBars(_Bars, TrainProgress):

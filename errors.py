@@ -5,6 +5,7 @@ line prints it without a traceback. Our own broken invariants stay plain asserti
 """
 
 import difflib
+import shlex
 import unicodedata
 from collections.abc import Iterable
 
@@ -50,14 +51,27 @@ class DivergedError(FocalError):
     """A training's numbers grew without bound, or stopped being numbers: a result of that method, too."""
 
 
+class StoppedError(FocalError):
+    """Somebody pressed Ctrl-C; says how to go on."""
+
+    exit_code = 130  # what shells give a command that SIGINT ended
+
+
 class UsageError(FocalError):
     """The command or a setting is wrong; `focal-cli` exits with 2."""
 
     exit_code = 2
 
 
+def unless_default(option: str, value: object, default: str) -> str:
+    """Return ` --stores OTHER` to end a command with, nothing where OTHER is what the command would take anyway."""
+    return "" if str(value) == default else f" {option} {shlex.quote(str(value))}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `did you mean 'x'? ` for the closest known name, else the whole list, to end an error message with."""
     known = sorted(known)
+    if tails := [one for one in known if one.rpartition(".")[2] == name]:  # encoder.kl_weight, asked for as kl_weight
+        return f"did you mean '{tails[0]}'?"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(known)

@@ -18,9 +18,10 @@ import torch
 
 from .cluster import PATIENCE, Cluster, has_gpu, run_on_cluster, wait_until
 from .datasets import Collection, find_collections, is_committed, open_collection
+from .datasets.opening import STAGING
 from .datasets.sources import Folder
 from .envs import get_family
-from .errors import DiskFullError, DivergedError, FocalError, UsageError
+from .errors import DiskFullError, DivergedError, FocalError, StoppedError, UsageError, unless_default
 from .evaluation import (
     CONDITIONS,
     ContextSource,
@@ -75,7 +76,7 @@ class TrainRequest:
     collection: Path | str  # its folder or its URL
     quality: str
     scale: str | None
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # none: those of the run that is continued, else seed 0
     assignments: tuple[str, ...]
     runs: Path
     algo: str | None = None  # none: that of the run that is continued, else FOCAL
@@ -244,7 +245,11 @@ def choose_collection(stores: Path, env: str | None, collection: Path | str | No
     if len(found) == 1:
         return found[0]
     if not found:
-        raise UsageError(f"no collection in {stores}; make one first: make data ENV=point")
+        for entry in sorted(stores.iterdir()) if stores.is_dir() else ():
+            if (entry / STAGING).is_dir():
+                open_collection(entry)  # says how to finish it
+        where = unless_default("--stores", stores, "stores")
+        raise UsageError(f"no collection in {stores}; make one first: focal-cli data generate --env point{where}")
     choices = " | ".join(f"--collection {path}" for path in found)
     raise UsageError(f"{stores} holds {len(found)} collections; add one of: {choices}")
 
@@ -253,7 +258,8 @@ def newest_run(runs: Path) -> Path:
     """Return the run whose settings were written last. Raises `FocalError` when there is none."""
     found = sorted(runs.glob("*/settings.json"), key=lambda path: path.stat().st_mtime) if runs.is_dir() else []
     if not found:
-        raise FocalError(f"no run in {runs}; train one first: focal-cli train --data mixed")
+        where = unless_default("--runs", runs, "runs")
+        raise FocalError(f"no run in {runs}; train one first: focal-cli train --data mixed{where}")
     return found[-1].parent
 
 
@@ -264,6 +270,7 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     first seed that failed; what the others did is kept, and --resume continues.
     """
     planned = plan_run(request)
+    planned.settings.refuse_idle(parse_assignments(request.assignments))
     train_planned([planned], request.workers, progress, request.ray)
     return planned.run_dir
 
@@ -329,7 +336,12 @@ def train_jobs(
     if ray and jobs:
         failures = _train_on_cluster(jobs, ray, _report_to(progress), _again(planned))
     else:
-        failures = run_jobs(train_job, jobs, workers, _report_to(progress), _again(planned))
+        try:
+            failures = run_jobs(train_job, jobs, workers, _report_to(progress), _again(planned))
+        except KeyboardInterrupt:
+            raise StoppedError(
+                f"stopped; steps up to each seed's last checkpoint are kept, {_again(planned)}"
+            ) from None
     return {key: failures[key] for key in jobs if key in failures}
 
 
@@ -372,6 +384,11 @@ def raise_failure(failures: Mapping[tuple[Path, int | None], BaseException], pla
             raise FocalError(f"{who}: {error.where_full}; free space, then {again}") from error
         if isinstance(error, FocalError):
             raise error
+        if isinstance(error, OSError) and error.filename is not None:
+            raise FocalError(
+                f"{who}: cannot write or read {error.filename} ({error.strerror}), expected folders that can be "
+                f"written; mend that, or choose another folder with --runs, then {again}"
+            ) from error
         raise FocalError(f"{who} failed: {type(error).__name__}: {error}; steps are kept, {again}") from error
 
 
@@ -489,9 +506,9 @@ def _settings_and_seeds(
     request: TrainRequest, collection: Collection, run_dir: Path
 ) -> tuple[TrainSettings, tuple[int, ...]]:
     """What was asked for; a run that is continued starts from its own, so that nothing need be typed again."""
-    seeds = request.seeds
-    if request.resume and request.scale is None and (run_dir / "settings.json").exists():
-        run = read_run(run_dir)
+    run = read_run(run_dir) if request.resume and (run_dir / "settings.json").exists() else None
+    seeds = request.seeds or (run.source.seeds if run else (0,))
+    if run and request.scale is None:
         base, seeds = run.settings, tuple(sorted({*run.source.seeds, *seeds}))
         if request.algo not in (None, base.algo):
             raise FocalError(f"{run_dir} is a run of {base.algo}, this command asks for {request.algo}; leave --algo "

@@ -98,6 +98,18 @@ def locked(path: Path, patience: float, held: str) -> Iterator[None]:
         yield
 
 
+def check_writable(path: Path) -> None:
+    """Raise `FocalError` where `path` could not be written; nothing is left behind."""
+    probe = temporary_name(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise FocalError(f"cannot write {path} ({error.strerror}), expected a folder that can be written; choose "
+                         "another place with -o") from error  # fmt: skip
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:

@@ -28,6 +28,7 @@ from .evaluation.tables import write_table
 from .experiment import RunTest, divergence, has_ended, last_step
 from .settings import override, parse_assignments, to_dict
 from .sweeps import matrix_row, sweep_run
+from .trainer.distance import PAPER_BETAS
 from .trainer.methods import train_settings
 from .trainer.runs import load_agent, read_run, seed_folder
 from .trainer.settings import TrainSettings
@@ -36,7 +37,6 @@ from .trainer.training import DIVERGED
 POINT, WIND, VEL, DIR, ANT, WALKER = FAMILIES
 LEVELS = ("random", "medium", "expert")
 POWERS = {"inverse-square": -2, "inverse": -1, "linear": 1, "square": 2}
-BETAS = {-2: 1.0, -1: 2.0, 1: 8.0, 2: 16.0}  # the paper's Table 5b
 # the paper's section 5.1 started from expert data, and found mixed data better for Ant and Walker
 QUALITY = {family: "mixed" if family in (ANT, WALKER) else "expert" for family in FAMILIES}
 TASKS_DRAWN, DRAWS, SEED = 20, 50, 0
@@ -190,7 +190,7 @@ def power_law(loss: str) -> Training:
     """FOCAL with one of the four losses of Table 5, on Half-Cheetah-Vel: 5 latent dimensions, value penalty."""
     power = POWERS[loss]
     changes = (
-        f"distance.power={power}", f"distance.beta={BETAS[power]}", "distance.epsilon=0.1", "latent_dim=5",
+        f"distance.power={power}", f"distance.beta={PAPER_BETAS[power]}", "latent_dim=5",
         "regularisation.kind=value-penalty",
     )  # fmt: skip
     return focal(VEL, loss, f"{loss}-value-penalty", *changes)

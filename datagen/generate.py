@@ -18,8 +18,9 @@ from ..datasets import (
     open_collection,
     settings_in_effect,
 )
+from ..datasets.records import differences
 from ..envs import TaskSet, get_family
-from ..errors import FocalError, UsageError
+from ..errors import FocalError, StoppedError, UsageError
 from ..provenance import provenance
 from ..settings import to_dict
 from ..workers import available_cores, run_jobs
@@ -75,9 +76,10 @@ def generate(request: GenerateRequest, progress: Progress | None = None) -> Coll
     header = _header(request, tasks)
     if is_committed(request.path):
         collection = open_collection(request.path)
-        if _content(collection.header) != _content(header):
+        if changed := differences(_content(collection.header).to_json(), _content(header).to_json()):
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise FocalError(
-                f"{request.path} holds a complete collection made with other settings; "
+                f"{request.path} holds a complete collection made with other settings: {changed[0]}{more}; "
                 "choose another folder with -o, or remove that one"
             )
         return commit_collection(request.path, collection.header, {})  # only clears what a kill after the commit left
@@ -137,7 +139,10 @@ def _run(
     if request.ray:
         errors = run_on_ray(work, left, request.ray, tasks, progress.update, AGAIN)
     else:
-        errors = run_jobs(work, left, _workers(request), progress.update, AGAIN)
+        try:
+            errors = run_jobs(work, left, _workers(request), progress.update, AGAIN)
+        except KeyboardInterrupt:
+            raise StoppedError(f"stopped; finished tasks and checkpoints are kept, {AGAIN}") from None
     reasons: dict[int, str] = {}
     for key, error in sorted(errors.items()):
         if isinstance(error, TasksFailed):

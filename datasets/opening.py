@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import FocalError
+from ..errors import FocalError, unless_default
 from .collection import Collection, quoted, ranges
 from .records import CollectionHeader, Reader, Split
 from .sources import Folder, Source, sha256_of
@@ -230,7 +230,7 @@ def _check_files(source: object, listed: Mapping[str, tuple[int, str]], present:
 
 def _not_a_collection(path: Path) -> FocalError:
     if not path.exists():
-        return FocalError(f"no collection at {path}; see which there are: focal-cli data list")
+        return FocalError(f"no collection at {path}; see which there are: {_list_command(path.parent)}")
     if path.is_file():
         return FocalError(
             f"{path} is a file, expected a collection's folder; unpack it: focal-cli bundle unpack {quoted(path)}"
@@ -248,7 +248,11 @@ def _not_a_collection(path: Path) -> FocalError:
         return FocalError(
             f"{path} has tasks but no {DOCUMENT}, so it was copied or deleted in part; delete the folder, then {AGAIN}"
         )
-    return FocalError(f"{path} has no {DOCUMENT}, so it is no collection; see which there are: focal-cli data list")
+    return FocalError(f"{path} has no {DOCUMENT}, so it is no collection; see which there are: {_list_command(path)}")
+
+
+def _list_command(stores: Path) -> str:
+    return "focal-cli data list" + unless_default("--stores", stores, "stores")
 
 
 def generate_command(path: Path) -> str:

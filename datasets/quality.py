@@ -48,7 +48,7 @@ class QualityRule:
         if not all(map(math.isfinite, cuts)) or not ordered:
             raise UsageError(
                 f"quality thresholds are {cuts}, expected random_below < medium_low <= medium_target <= medium_high "
-                "< expert_from; for example --set random_below=0.1"
+                "< expert_from; --set the one that breaks the order otherwise"
             )
         if not -math.inf < self.first_random_below < self.expert_from:
             raise UsageError(

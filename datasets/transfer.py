@@ -163,8 +163,8 @@ def _compare(bag: Bag, remote: Remote, name: str) -> None:
     if name == SIGNATURE:
         raise FocalError(f"{remote} is signed already, and not as {bag.source} is; to replace it, delete its {name}")
     raise FocalError(
-        f"{remote} is another bundle (its {name} differs), and one that was pushed never changes; give yours a new "
-        "version or name, or push it to another URL"
+        f"{remote} is another bundle (its {name} differs), and one that was pushed never changes; push yours to "
+        "another URL, or give it another name first: focal-cli data merge COLLECTION --name OTHER -o NEW"
     )
 
 

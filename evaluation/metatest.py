@@ -86,7 +86,7 @@ class ContextSource:
     """Where contexts come from: `OfflineTransitions` here, the other protocols in protocols.py."""
 
     size: int  # of a context, in `unit`
-    protocol: ClassVar[str]  # offline, shift or online
+    protocol: ClassVar[str]  # offline, shift, online or mbml
     unit: ClassVar[str] = "transitions"  # or episodes
 
     def check(self, tasks: "TestTasks") -> None:

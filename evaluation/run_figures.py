@@ -85,7 +85,7 @@ def context_words(result: MetaTestResult) -> str:
         "offline": f"{result.quality} context of {amount}",
         "shift": f"context of {amount} rolled out by other tasks' {result.quality} behaviour policies",
         "online": f"context of {amount} that the policy collected itself",
-        "mbml": f"MBML's protocol: {amount} from the prior on, mean of the last 3",
+        "mbml": f"MBML's protocol: {amount} from the prior on, mean of the last {min(3, result.context_size)}",
     }
     return where[result.protocol]
 

@@ -95,7 +95,13 @@ def test_a_chosen_row_brings_what_it_is_compared_with():
 
 
 def measured(rows, name, returns, span=10.0, **more):
-    identity = {"family": "sparse-point-robot", "quality": "mixed", "episodes": 10, "content_hash": "c0ffee" * 4}
+    identity = {
+        "family": "sparse-point-robot",
+        "quality": "mixed",
+        "episodes": 10,
+        "test_seed": 0,
+        "content_hash": "c0ffee" * 4,
+    }
     numbers = {"right context": returns, "minutes": [1.0] * len(returns), **more}
     return Measured(rows[name], tuple(range(len(returns))), {}, numbers, span, identity, {})
 
@@ -126,6 +132,11 @@ def test_the_table_says_what_a_difference_shows():
     page = ablation_page("point-mixed", found, rows)
     assert "    make ablation ENV=point DATA=mixed ROW=D2 SEEDS=2\n" in page, "a row's own number of seeds"
     assert "| power-linear | base |" in page
+    other = found | {"D2": dataclasses.replace(found["D2"], identity={**found["D2"].identity, "test_seed": 1})}
+    with pytest.raises(
+        FocalError, match="row D2 was tested with test_seed 1, row base with 0, but one table is of one"
+    ):
+        ablation_page("point-mixed", other, rows)
     assert "- **power-linear**: distance metric loss of power 1 (`distance.power=1`)" in page
     assert "Not run: power-inverse, power-square" in page
     assert "`make ablation ENV=point DATA=mixed ROW=power-inverse` runs one)." in page

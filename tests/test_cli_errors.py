@@ -88,7 +88,7 @@ def test_task_counts():
 
 def test_no_collection_and_several(stores, tmp_path, make_collection):
     line = fails(2, "train", "--stores", tmp_path / "none", "--data", "mixed")
-    assert "make one first: make data ENV=point" in line
+    assert "make one first: focal-cli data generate --env point --stores" in line
     make_collection(stores / "second")
     line = fails(2, *train(stores, "--data", "mixed"))
     assert f"--collection {stores / 'second'}" in line
@@ -160,7 +160,9 @@ def test_a_run_whose_data_changed(stores, tmp_path, make_collection):
     make_collection(stores / "sparse-point-robot", seed=9)
     line = fails(1, "test", tmp_path / "runs" / "a", "--stores", stores)
     assert "is the data this run was trained on" in line
-    assert "is of another run" in fails(1, *run, "--resume")
+    line = fails(1, *run, "--resume")
+    assert "is of another run: it has content_hash=" in line
+    assert "use its own (its collection)" in line
 
 
 def test_context_of_a_quality_no_test_task_has(tmp_path, make_collection):
@@ -170,6 +172,69 @@ def test_context_of_a_quality_no_test_task_has(tmp_path, make_collection):
     line = fails(1, "test", tmp_path / "runs" / "a", "--data", "expert")
     assert "no test task" in line
     assert "focal-cli data show" in line
+
+
+def test_what_is_no_run_is_told_from_a_damaged_one(stores, path, tmp_path):
+    run = train(stores, "--data", "mixed", "--scale", "smoke", "--name", "a")
+    assert CliRunner().invoke(main, [str(argument) for argument in run]).exit_code == 0
+    folder = tmp_path / "runs" / "a"
+    assert fails(1, "test", tmp_path / "runs" / "b").endswith(
+        f"no run at {tmp_path / 'runs' / 'b'}; runs near it: {folder}"
+    )
+    for place in (tmp_path / "runs", folder / "seed_0", folder / "settings.json"):
+        assert fails(1, "test", place).endswith(f"is no run's folder (it has no settings.json); runs near it: {folder}")
+    assert fails(1, "report", path).endswith(f"train on it: focal-cli train --collection {path} --data mixed")
+    line = fails(1, *train(stores, "--data", "random", "--name", "a", "--resume"))
+    assert "it has quality=mixed, this command asks for random and" in line
+    assert "use its own (--data mixed)" in line
+
+
+def test_a_run_that_is_continued_gets_no_seed_nobody_asked_for(stores, tmp_path):
+    run = train(stores, "--data", "mixed", "--scale", "smoke", "--name", "a")
+    for words, seeds in ((["--seed", 5], [5]), (["--resume"], [5]), (["--resume", "--seed", 7], [5, 7])):
+        assert CliRunner().invoke(main, [str(argument) for argument in [*run, *words]]).exit_code == 0
+        assert json.loads((tmp_path / "runs" / "a" / "settings.json").read_text())["seeds"] == seeds
+    own = [*train(stores, "--data", "mixed", "--name", "a"), "--resume"]  # without --scale, as in our own advice
+    assert CliRunner().invoke(main, [str(argument) for argument in own]).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "runs" / "a").glob("seed_*")) == ["seed_5", "seed_7"]
+
+
+def test_runs_are_directly_inside_the_runs_folder(stores, tmp_path):
+    for name in ("../up", "a/b", "", ".hidden", "comparisons"):
+        assert f"--name '{name}', expected" in fails(2, *train(stores, "--data", "mixed", "--name", name))
+        compared = train(stores, "--data", "mixed", "--name", name)
+        assert f"--name '{name}', expected" in fails(2, "compare", *compared[1:])
+    assert not list(tmp_path.glob("**/settings.json"))
+
+
+def test_a_runs_folder_that_cannot_be_made(stores, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    line = fails(1, *train(stores, "--data", "mixed", "--scale", "smoke", "--name", "a"))
+    assert "Not a directory" in line
+    assert "choose another folder with --runs" in line
+    assert "steps are kept" not in line
+    assert "choose another place with -o" in fails(1, "report", "-o", tmp_path / "runs" / "report.html")
+
+
+def test_settings_that_change_nothing_are_no_ablation(stores, tmp_path):
+    line = fails(2, *train(stores, "--data", "mixed", "--set", "regularisation.alpha=100"))
+    assert "regularisation.alpha has no effect here; leave it out, or --set regularisation.kind=policy" in line
+    assert "did you mean 'regularisation.alpha'?" in fails(2, *train(stores, "--data", "mixed", "--set", "alpha=100"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_sizes_are_those_of_a_sweep():
+    assert "--sizes 1,2 is of --sweep; add --sweep" in fails(2, "test", "--sizes", "1,2")
+
+
+def test_advice_names_the_folders_that_were_asked_for(stores, path, tmp_path):
+    assert fails(1, *train(stores, "--env", "walker", "--data", "mixed")).endswith(f"data list --stores {stores}")
+    assert fails(1, "test", "--runs", tmp_path / "none").endswith(f"--data mixed --runs {tmp_path / 'none'}")
+    (path / "dataset.json").rename(path / "kept")
+    (path / "staging").mkdir(exist_ok=True)
+    assert "is an interrupted collection" in fails(1, *train(stores, "--data", "mixed"))
+    shutil.rmtree(path)
+    assert fails(2, *train(stores, "--data", "mixed")).endswith(f"data generate --env point --stores {stores}")
 
 
 def test_a_damaged_checkpoint(stores, tmp_path):

@@ -292,7 +292,8 @@ def test_settings_of_an_earlier_comparison_are_not_taken_over(folders, monkeypat
     (row,) = json.loads(cli(*command, "--set", "regularisation.kind=policy", "--json"))["methods"]
     assert (row["settings"]["steps"], row["settings"]["regularisation"]["kind"]) == (4, "policy")
     line = cli(*command, code=1)
-    assert "is of another run: it has settings.regularisation.kind=policy, this command asks for none" in line
+    assert "is of another run: it has regularisation.kind=policy, this command asks for none" in line
+    assert "use its own (--set regularisation.kind=policy)" in line
 
 
 def test_contexts_of_a_comparison_can_be_chosen(folders, monkeypatch):

@@ -71,8 +71,12 @@ def test_the_same_seed_gives_the_same_content_and_a_second_call_does_nothing(col
 
 
 def test_other_settings_never_mix_into_a_collection(collection, tmp_path):
-    with pytest.raises(FocalError, match="complete collection made with other settings; choose another folder with -o"):
+    was = collection.settings["fresh_episodes"]
+    with pytest.raises(FocalError, match=f"fresh_episodes is {was} there and 4 here; choose another folder"):
         generate(request(collection.path, fresh_episodes=4))
+    other = dataclasses.replace(request(collection.path), seed=collection.header.seed + 1)
+    with pytest.raises(FocalError, match=f"seed is {collection.header.seed} there and {other.seed} here"):
+        generate(other)
 
 
 def test_a_collection_of_before_the_untrained_policy_had_a_cut_of_its_own(collection, tmp_path):

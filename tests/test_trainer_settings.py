@@ -124,3 +124,32 @@ def test_unknown_family_and_scale_name_the_nearest():
 def test_differences_are_dotted():
     ours, theirs = to_dict(FocalSettings()), to_dict(override(FocalSettings(), {"distance.beta": 2, "steps": 1}))
     assert differences(ours, theirs) == ["distance.beta", "steps"]
+
+
+@pytest.mark.parametrize(
+    ("family", "assignments", "idle", "remedy"),
+    [
+        ("sparse-point-robot", {}, "regularisation.alpha", "regularisation.kind=policy"),
+        ("sparse-point-robot", {}, "encoder.kl_weight", "encoder.kind=probabilistic"),
+        ("sparse-point-robot", {}, "encoder_half_life", "encoder_after=decaying"),
+        ("sparse-point-robot", {"distance.form": "released"}, "distance.epsilon", "distance.form=paper"),
+        ("sparse-point-robot", {"distance.power": "2"}, "distance.epsilon", "distance.power=-2"),
+        ("half-cheetah-vel", {}, "regularisation.alpha_max", "regularisation.adaptive=true"),
+        ("half-cheetah-vel", {}, "entropy.target", "entropy.learnt=true"),
+        ("half-cheetah-vel", {"entropy.enabled": "false"}, "entropy.weight", "entropy.enabled=true"),
+        ("half-cheetah-fwd-back", {}, "encoder_steps", "schedule=encoder-first"),
+    ],
+)
+def test_settings_without_effect_are_refused_and_what_would_let_them_act_helps(family, assignments, idle, remedy):
+    settings = override(train_settings(family, "laptop"), assignments)
+    with pytest.raises(UsageError, match=f"{idle} has no effect here; leave it out, or --set {remedy}"):
+        settings.refuse_idle(["steps", idle])
+    settings.refuse_idle(["steps", "latent_dim", "distance.beta", "entropy.enabled", "regularisation.kind"])
+    name, _, value = remedy.partition("=")
+    override(settings, {name: value}).refuse_idle([idle])
+
+
+def test_what_batch_pearl_does_not_regularise_with_is_idle():
+    settings = train_settings("half-cheetah-vel", "laptop", "batch-pearl")
+    assert {"regularisation.alpha", "regularisation.divergence"} <= set(settings.idle())
+    assert not {"encoder.kl_weight", "encoder.bounded"} & set(settings.idle())

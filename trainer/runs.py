@@ -10,6 +10,7 @@ RUN/seed_0/            one trained network
 """
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,8 @@ def write_run(run_dir: Path, run: Run) -> Run:
 def read_run(run_dir: Path) -> Run:
     """Read settings.json. Raises `FocalError` when it is missing, damaged or of another format version."""
     path = run_dir / "settings.json"
+    if not path.exists():
+        raise _not_a_run(run_dir)
     values = read_json(path, _REMEDY)
     if values.get("format") != FORMAT:
         raise FocalError(f"{path} has format {values.get('format')!r}, expected {FORMAT!r}; {_REMEDY}")
@@ -151,6 +154,17 @@ def read_run(run_dir: Path) -> Run:
         raise FocalError(f"{path} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from None
     except UsageError as error:
         raise FocalError(f"{path}: {error}; {_REMEDY}") from None
+
+
+def _not_a_run(path: Path) -> FocalError:
+    if (path / "dataset.json").exists():
+        return FocalError(f"{path} is a collection, expected a run's folder; train on it: focal-cli train --collection "
+                          f"{shlex.quote(str(path))} --data mixed")  # fmt: skip
+    near = (path, path.parent, path.parent.parent)
+    found = next((runs for folder in near if (runs := sorted(folder.glob("*/settings.json")))), [])
+    there = ", ".join(str(run.parent) for run in found[:5]) + (", ..." if len(found) > 5 else "")
+    what = f"{path} is no run's folder (it has no settings.json)" if path.exists() else f"no run at {path}"
+    return FocalError(f"{what}; " + (f"runs near it: {there}" if found else "train one: focal-cli train --data mixed"))
 
 
 def seed_folder(run_dir: Path, seed: int) -> Path:
@@ -219,14 +233,22 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _refuse_differences(path: Path, saved: dict[str, Any], found: dict[str, Any]) -> None:
-    names = differences(found, saved)
+    names = sorted(differences(found, saved), key=_causes_first)
     if names:
+        first, was = names[0], _lookup(saved, names[0])
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        name = first.removeprefix("settings.")
+        own = {"quality": f"--data {was}", "settings": f"--set {name}={was}"}.get(first.split(".")[0], "its collection")
         raise FocalError(
-            f"{path} is of another run: it has {names[0]}={_lookup(saved, names[0])}, this command asks for "
-            f"{_lookup(found, names[0])}{more}; use its settings (--set NAME=VALUE), another --name, or another "
-            "folder: --runs OTHER"
+            f"{path} is of another run: it has {name}={was}, this command asks for "
+            f"{_lookup(found, first)}{more}; use its own ({own}), another --name, or another folder: --runs OTHER"
         )
+
+
+def _causes_first(name: str) -> int:
+    """Sort data before settings, and the observation transform, which follows from them, last."""
+    causes = ("family", "quality", "content_hash", "task_indices", "settings", "observation_transform")
+    return causes.index(name.split(".")[0])
 
 
 def _lookup(values: dict[str, Any], dotted: str) -> str:

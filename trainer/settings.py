@@ -5,7 +5,7 @@ The defaults are the paper's common values, or the released code's where the pap
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -179,6 +179,18 @@ class TrainSettings:
     def check(self) -> None:
         """Raise `UsageError` for settings that are each fine and wrong together (`--set` changes one at a time)."""
 
+    def idle(self) -> dict[str, str]:
+        """Return the settings that change nothing beside the others, each with the one that would let it act."""
+        names = ("kl_weight", "prior_std", "bounded") if self.encoder.kind == "deterministic" else ()
+        return {f"encoder.{name}": "encoder.kind=probabilistic" for name in names}
+
+    def refuse_idle(self, chosen: Iterable[str]) -> None:
+        """Raise `UsageError` for the first of the `chosen` settings that changes nothing."""
+        idle = self.idle()
+        for name in chosen:
+            if name in idle:
+                raise UsageError(f"{name} has no effect here; leave it out, or --set {idle[name]}")
+
 
 @dataclass(frozen=True)
 class ControlSettings(TrainSettings):
@@ -230,6 +242,20 @@ class ControlSettings(TrainSettings):
             raise UsageError(f"regularisation.alpha={rule.alpha} is adaptive and outside its bounds, {rule.alpha_min} "
                              f"to {rule.alpha_max}; --set regularisation.{remedy}")  # fmt: skip
         self._check_effects()
+
+    def idle(self) -> dict[str, str]:
+        """Return the settings that change nothing beside the others, each with the one that would let it act."""
+        rule, entropy, found = self.regularisation, self.entropy, super().idle()
+        if not entropy.enabled:
+            found |= dict.fromkeys(_named("entropy", entropy, but="enabled"), "entropy.enabled=true")
+        elif not entropy.learnt:
+            found |= dict.fromkeys(("entropy.target", "entropy.learning_rate"), "entropy.learnt=true")
+        if rule.kind == "none":
+            found |= dict.fromkeys(_named("regularisation", rule, but="kind"), "regularisation.kind=policy")
+        elif not rule.adaptive:
+            names = ("alpha_min", "alpha_max", "alpha_learning_rate", "target_divergence")
+            found |= {f"regularisation.{name}": "regularisation.adaptive=true" for name in names}
+        return found
 
     def _check_effects(self) -> None:
         """An ablation that changes nothing would be read as a result."""
@@ -320,6 +346,21 @@ class FocalSettings(ControlSettings):
         if self.released.discard_bellman and self.gradients != "coupled":
             raise UsageError("released.discard_bellman=true has no effect here; --set gradients=coupled")
         self._check_encoder()
+
+    def idle(self) -> dict[str, str]:
+        """Return the settings that change nothing beside the others, each with the one that would let it act."""
+        found, distance = super().idle(), self.distance
+        if distance.weight == 0:
+            found |= dict.fromkeys(_named("distance", distance, but="weight"), "distance.weight=10")
+        elif distance.form == "released":
+            found |= {"distance.epsilon": "distance.form=paper"}
+        elif distance.power > 0:
+            found |= {"distance.epsilon": "distance.power=-2"}
+        if self.schedule == "joint":
+            found |= {"encoder_steps": "schedule=encoder-first"}
+        if self.schedule == "joint" or self.encoder_after == "frozen":
+            found |= {"encoder_half_life": "encoder_after=decaying"}
+        return found
 
     def _check_encoder(self) -> None:
         coupled = self.gradients == "coupled"
@@ -447,6 +488,11 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: s
         elif ours != theirs:
             names.append(prefix + name)
     return names
+
+
+def _named(group: str, settings: Any, but: str) -> list[str]:
+    """The dotted names of a group's settings, all but one."""
+    return [f"{group}.{each.name}" for each in dataclasses.fields(settings) if each.name != but]
 
 
 def hidden_widths(settings: Any) -> list[tuple[int, ...]]:
