@@ -396,8 +396,9 @@ def ablation_page(name: str, measured: Mapping[str, Measured], known: Mapping[st
             if (found := one.identity[key]) != (expected := first.identity[key]):
                 raise FocalError(
                     f"{name}: row {one.row.name} was tested with {key} {found}, row {first.row.name} with {expected}, "
-                    "but one table is of one test; give both the same collection, --episodes and --test-seed: "
-                    f"focal-cli ablate --rows {first.row.name},{one.row.name}"
+                    "but one table is of one test; measure the one like the other, or choose another --runs: "
+                    f"focal-cli ablate --env {alias} --data {quality} --rows {first.row.name},{one.row.name} "
+                    f"--episodes {first.identity['episodes']} --test-seed {first.identity['test_seed']}"
                 )
     done = [row for name, row in known.items() if name in measured]
     not_run = "Every row was run."

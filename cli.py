@@ -568,7 +568,8 @@ def train(
 ) -> None:  # fmt: skip
     """Meta-train on a collection's training tasks."""
     from .console import TrainBars
-    from .experiment import TrainRequest, choose_collection, train_run
+    from .experiment import TrainRequest, choose_collection, plan_run, train_planned
+    from .settings import parse_assignments
 
     first, named = seed or 0, seed is not None or seeds is not None
     request = TrainRequest(
@@ -576,8 +577,12 @@ def train(
         seeds=tuple(range(first, first + (seeds or 1))) if named else (), assignments=tuple(assignments), runs=runs,
         name=name, resume=resume, workers=workers or 0, cache=cache, device=device, algo=algo,
     )  # fmt: skip
+    planned = plan_run(request)
+    for setting in [name for name in parse_assignments(assignments) if name in planned.settings.idle()]:
+        click.echo(f"note: {setting} has no effect here, with {planned.settings.idle()[setting]} it would", err=True)
     with TrainBars() as bars:
-        run = train_run(request, bars)
+        train_planned([planned], request.workers, bars)
+    run = planned.run_dir
     click.echo(f"{run}: trained; test it with: focal-cli test {run}")
 
 

@@ -121,8 +121,9 @@ class _Place:
         loader = SourceFileLoader("__mp_main__", str(self.script))
         spec = importlib.util.spec_from_loader("__mp_main__", loader)
         assert spec is not None
-        sys.modules["__mp_main__"] = module = importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
+        sys.modules["__mp_main__"] = module
 
 
 def _content_hash(path: Path) -> str:

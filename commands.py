@@ -5,16 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .datagen import generate_settings
 from .datasets import Collection, settings_in_effect
 from .envs import get_family
-from .settings import SCALES, to_dict
+from .settings import SCALES, flatten, to_dict
 from .trainer.methods import train_settings
 from .trainer.runs import Run
 
 
 def generate_command(collection: Collection) -> str | None:
     """The command that generates the same collection anew; None for one that was imported or derived."""
+    from .datagen import generate_settings  # stage one, which the workers of stage two need not load
+
     header = collection.header
     if collection.derived_from or header.tasks_from not in ("seed", "published"):
         return None
@@ -26,9 +27,9 @@ def generate_command(collection: Collection) -> str | None:
     return shlex.join([*words, "-o", str(collection.source)])
 
 
-def train_commands(run_dir: Path, run: Run, collection: Collection) -> list[str]:
+def train_commands(run_dir: Path, run: Run, collection: Collection, resume: bool = False) -> list[str]:
     """The commands that train the same run anew, under the scale whose settings are nearest to the run's: one, or where
-    its seeds have gaps one for each row of them."""
+    its seeds have gaps one for each row of them. With `resume` they go on with what there is of it."""
     found = flatten(to_dict(run.settings))
     choices = {
         scale: _sets(found, flatten(to_dict(train_settings(run.family, scale, run.settings.algo)))) for scale in SCALES
@@ -45,7 +46,8 @@ def train_commands(run_dir: Path, run: Run, collection: Collection) -> list[str]
             rows.append([seed])
     return [
         shlex.join(
-            [*words, "--seed", str(row[0]), "--seeds", str(len(row)), *named, *["--resume"] * (row is not rows[0])]
+            [*words, "--seed", str(row[0]), "--seeds", str(len(row)), *named]
+            + ["--resume"] * (resume or row is not rows[0])
         )
         for row in rows
     ]
@@ -66,19 +68,6 @@ def test_command(run_dir: Path, document: Mapping[str, Any], stores: Path | None
     quality = next(iter(document["seeds"].values()))["quality"]
     words += ["--data", quality, "--protocol", document["protocol"], "--context-size", str(document["context_size"])]
     return shlex.join([*words, "--context-unit", document["context_unit"]])
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings in JSON form by dotted name, each as `--set` takes it."""
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, list | tuple):
-            flat[prefix + name] = ",".join(map(str, value))
-        else:
-            flat[prefix + name] = str(value).lower() if value is None or isinstance(value, bool) else str(value)
-    return flat
 
 
 def _sets(found: Mapping[str, str], usual: Mapping[str, str]) -> list[str]:

@@ -5,10 +5,11 @@ The trainer knows no environment; its periodic meta-test is made here and handed
 
 import dataclasses
 import datetime
+import functools
 import shlex
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from .cluster import PATIENCE, Cluster, has_gpu, run_on_cluster, wait_until
+from .commands import train_commands
 from .datasets import Collection, find_collections, is_committed, open_collection
 from .datasets.opening import STAGING
 from .datasets.sources import Folder
@@ -121,6 +123,7 @@ class PlannedRun:
     first_stage: SeedJob | None  # to be done before any seed
     first_stage_folder: Path | None  # where that is, or will be, kept
     seeds: tuple[SeedJob, ...]  # without those that are trained to the end
+    command: str  # that begins it, or goes on, whatever there is of it
 
 
 class TrainProgress:
@@ -270,7 +273,6 @@ def train_run(request: TrainRequest, progress: TrainProgress | None = None) -> P
     first seed that failed; what the others did is kept, and --resume continues.
     """
     planned = plan_run(request)
-    planned.settings.refuse_idle(parse_assignments(request.assignments))
     train_planned([planned], request.workers, progress, request.ray)
     return planned.run_dir
 
@@ -303,25 +305,37 @@ def plan_run(request: TrainRequest) -> PlannedRun:
         _refuse_context_larger_than_tests(collection, request.quality, settings.context_size)
     ready = not isinstance(settings, MbmlSettings) or first_stage_is_there(run_dir.parent, run, data)
     kept = teachers_folder(run_dir.parent, run, data) if isinstance(settings, MbmlSettings) else None
-    return PlannedRun(run_dir, settings, source, None if ready or not to_do else job(None), kept, to_do)
+    command = " && ".join(train_commands(run_dir, run, collection, resume=True))
+    return PlannedRun(run_dir, settings, source, None if ready or not to_do else job(None), kept, to_do, command)
 
 
 def train_planned(
     planned: Sequence[PlannedRun], workers: int = 0, progress: TrainProgress | None = None, ray: str | None = None
 ) -> None:
     """Train what is still to do for several runs, as `train_jobs` does. Raises `FocalError` for the first failure."""
-    raise_failure(train_jobs(planned, workers, progress, ray), planned)
+    again = functools.partial(_train_again, planned)
+    raise_failure(train_jobs(planned, workers, progress, ray, again), planned, again)
+
+
+def same_command() -> str:
+    """How a command goes on that does more than train."""
+    return "continue with the same command"
 
 
 def train_jobs(
-    planned: Sequence[PlannedRun], workers: int = 0, progress: TrainProgress | None = None, ray: str | None = None
+    planned: Sequence[PlannedRun],
+    workers: int = 0,
+    progress: TrainProgress | None = None,
+    ray: str | None = None,
+    again: Callable[[], str] = same_command,
 ) -> dict[tuple[Path, int | None], BaseException]:
     """Train what is still to do for several runs in one pool of worker processes; 0 `workers`: as many as cores.
 
     With `ray`, the address that they were planned with, the pool is that cluster's cores or GPUs.
 
     First stages go first, and seeds that wait for one last, so that no core waits for them. Returns the failures, in
-    that order, by run folder and seed (None: the first stage); what the others did is kept.
+    that order, by run folder and seed (None: the first stage); what the others did is kept. Raises `StoppedError` on
+    Ctrl-C; `again` says how to go on.
     """
     progress, workers = progress or TrainProgress(), workers or available_cores()
     first = [one.first_stage for one in planned if one.first_stage]
@@ -334,14 +348,12 @@ def train_jobs(
             progress.begin(one.run_dir, tuple(job.seed or 0 for job in one.seeds), one.settings.total_steps)
     jobs = {(job.run_dir, job.seed): job for job in (*first, *others, *waiting)}
     if ray and jobs:
-        failures = _train_on_cluster(jobs, ray, _report_to(progress), _again(planned))
+        failures = _train_on_cluster(jobs, ray, _report_to(progress), again())
     else:
         try:
-            failures = run_jobs(train_job, jobs, workers, _report_to(progress), _again(planned))
+            failures = run_jobs(train_job, jobs, workers, _report_to(progress), again())
         except KeyboardInterrupt:
-            raise StoppedError(
-                f"stopped; steps up to each seed's last checkpoint are kept, {_again(planned)}"
-            ) from None
+            raise StoppedError(f"stopped; steps up to each seed's last checkpoint are kept, {again()}") from None
     return {key: failures[key] for key in jobs if key in failures}
 
 
@@ -375,27 +387,32 @@ def _is_seen(job: SeedJob, error: BaseException | None) -> bool:
     return last_step(job.run_dir, job.seed) >= job.settings.total_steps
 
 
-def raise_failure(failures: Mapping[tuple[Path, int | None], BaseException], planned: Sequence[PlannedRun]) -> None:
+def raise_failure(
+    failures: Mapping[tuple[Path, int | None], BaseException],
+    planned: Sequence[PlannedRun],
+    again: Callable[[], str] = same_command,
+) -> None:
     """Raise `FocalError` for the first of the `failures` of `train_jobs`, if there are any."""
     for (run_dir, seed), error in failures.items():
         who = f"{run_dir.name}, " * (len(planned) > 1) + ("the first stage" if seed is None else f"seed {seed}")
-        again = _again(planned)
         if isinstance(error, DiskFullError):
-            raise FocalError(f"{who}: {error.where_full}; free space, then {again}") from error
+            raise FocalError(f"{who}: {error.where_full}; free space, then {again()}") from error
         if isinstance(error, FocalError):
             raise error
         if isinstance(error, OSError) and error.filename is not None:
             raise FocalError(
                 f"{who}: cannot write or read {error.filename} ({error.strerror}), expected folders that can be "
-                f"written; mend that, or choose another folder with --runs, then {again}"
+                f"written; mend that, or choose another folder with --runs, then {again()}"
             ) from error
-        raise FocalError(f"{who} failed: {type(error).__name__}: {error}; steps are kept, {again}") from error
+        raise FocalError(f"{who} failed: {type(error).__name__}: {error}; steps are kept, {again()}") from error
 
 
-def _again(planned: Sequence[PlannedRun]) -> str:
-    if len(planned) == 1:
-        return f"continue with: {resume_command(planned[0].run_dir, planned[0].source)}"
-    return "continue with the same command"
+def _train_again(planned: Sequence[PlannedRun]) -> str:
+    if len(planned) > 1:
+        return same_command()
+    one = planned[0]
+    begun = (one.run_dir / "settings.json").exists()  # then it says what else the run is
+    return f"continue with: {resume_command(one.run_dir, one.source) if begun else one.command}"
 
 
 def _report_to(progress: TrainProgress) -> Any:

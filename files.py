@@ -99,15 +99,19 @@ def locked(path: Path, patience: float, held: str) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `FocalError` where `path` could not be written; nothing is left behind."""
+    """Make the folder of `path`. Raises `FocalError` where a file `path` could not be written in it."""
     probe = temporary_name(path)
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise FocalError(f"cannot write {path} ({error.strerror}), expected a folder that can be written; choose "
-                         "another place with -o") from error  # fmt: skip
+        raise FocalError(
+            f"cannot write {path} ({error.strerror}), expected a file in a folder that can be written; choose another "
+            "place with -o"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

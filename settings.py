@@ -81,6 +81,19 @@ def field_names(cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings in JSON form by dotted name, each as `--set` takes it."""
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple):
+            flat[prefix + name] = ",".join(map(str, value))
+        else:
+            flat[prefix + name] = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return flat
+
+
 def _replace(settings: Any, path: list[str], full: str, value: Any) -> Any:
     hints = typing.get_type_hints(type(settings))
     head, *rest = path

@@ -248,7 +248,8 @@ def _not_a_collection(path: Path) -> FocalError:
         return FocalError(
             f"{path} has tasks but no {DOCUMENT}, so it was copied or deleted in part; delete the folder, then {AGAIN}"
         )
-    return FocalError(f"{path} has no {DOCUMENT}, so it is no collection; see which there are: {_list_command(path)}")
+    return FocalError(f"{path} has no {DOCUMENT}, so it is no collection; see which there are: "
+                      f"{_list_command(path if find_collections(path) else path.parent)}")  # fmt: skip
 
 
 def _list_command(stores: Path) -> str:

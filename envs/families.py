@@ -79,4 +79,4 @@ def get_family(name: str) -> TaskFamily:
         if name in (family.name, family.alias):
             return family
     known = [*FAMILIES, *(family.alias for family in FAMILIES.values())]
-    raise UsageError(f"unknown task family '{name}'; {did_you_mean(name, known)}; see `focal-cli envs`")
+    raise UsageError(f"unknown task family '{name}'; {did_you_mean(name, known)} (all: focal-cli envs)")

@@ -179,10 +179,10 @@ def test_what_is_no_run_is_told_from_a_damaged_one(stores, path, tmp_path):
     assert CliRunner().invoke(main, [str(argument) for argument in run]).exit_code == 0
     folder = tmp_path / "runs" / "a"
     assert fails(1, "test", tmp_path / "runs" / "b").endswith(
-        f"no run at {tmp_path / 'runs' / 'b'}; runs near it: {folder}"
+        f"no run at {tmp_path / 'runs' / 'b'}; name one of {folder}"
     )
     for place in (tmp_path / "runs", folder / "seed_0", folder / "settings.json"):
-        assert fails(1, "test", place).endswith(f"is no run's folder (it has no settings.json); runs near it: {folder}")
+        assert fails(1, "test", place).endswith(f"is no run's folder (it has no settings.json); name one of {folder}")
     assert fails(1, "report", path).endswith(f"train on it: focal-cli train --collection {path} --data mixed")
     line = fails(1, *train(stores, "--data", "random", "--name", "a", "--resume"))
     assert "it has quality=mixed, this command asks for random and" in line
@@ -199,6 +199,22 @@ def test_a_run_that_is_continued_gets_no_seed_nobody_asked_for(stores, tmp_path)
     assert sorted(path.name for path in (tmp_path / "runs" / "a").glob("seed_*")) == ["seed_5", "seed_7"]
 
 
+def test_ctrl_c_before_a_seed_began_says_the_whole_command(stores, tmp_path, monkeypatch):
+    """No settings.json says yet what the run is; --resume alone would begin FOCAL's seed 0."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    words = ["--scale", "smoke", "--algo", "contextual-bcq", "--seed", 4, "--seeds", 2, "--name", "a"]
+    with monkeypatch.context() as patched:
+        patched.setattr("focal.experiment.run_jobs", interrupted)
+        line = fails(130, *train(stores, "--data", "mixed", *words, "--set", "latent_dim=2"))
+    assert not (tmp_path / "runs" / "a").exists()
+    assert CliRunner().invoke(main, shlex.split(line.split("continue with: focal-cli ")[1])).exit_code == 0
+    saved = json.loads((tmp_path / "runs" / "a" / "settings.json").read_text())
+    assert (saved["settings"]["algo"], saved["settings"]["latent_dim"], saved["seeds"]) == ("contextual-bcq", 2, [4, 5])
+
+
 def test_runs_are_directly_inside_the_runs_folder(stores, tmp_path):
     for name in ("../up", "a/b", "", ".hidden", "comparisons"):
         assert f"--name '{name}', expected" in fails(2, *train(stores, "--data", "mixed", "--name", name))
@@ -213,14 +229,17 @@ def test_a_runs_folder_that_cannot_be_made(stores, tmp_path):
     assert "Not a directory" in line
     assert "choose another folder with --runs" in line
     assert "steps are kept" not in line
-    assert "choose another place with -o" in fails(1, "report", "-o", tmp_path / "runs" / "report.html")
+    for place in (tmp_path / "runs" / "report.html", tmp_path):
+        assert "choose another place with -o" in fails(1, "report", "-o", place)
 
 
-def test_settings_that_change_nothing_are_no_ablation(stores, tmp_path):
-    line = fails(2, *train(stores, "--data", "mixed", "--set", "regularisation.alpha=100"))
-    assert "regularisation.alpha has no effect here; leave it out, or --set regularisation.kind=policy" in line
+def test_a_setting_that_changes_nothing_is_said_to(stores, tmp_path):
+    run = train(stores, "--data", "mixed", "--scale", "smoke", "--name", "a", "--set", "regularisation.alpha=100")
+    result = CliRunner().invoke(main, [str(argument) for argument in run])
+    assert result.exit_code == 0
+    note = "note: regularisation.alpha has no effect here, with regularisation.kind=policy it would"
+    assert result.stderr.splitlines() == [note]
     assert "did you mean 'regularisation.alpha'?" in fails(2, *train(stores, "--data", "mixed", "--set", "alpha=100"))
-    assert not (tmp_path / "runs").exists()
 
 
 def test_sizes_are_those_of_a_sweep():

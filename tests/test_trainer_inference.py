@@ -114,7 +114,7 @@ def test_observations_and_embeddings_that_do_not_fit_are_refused(run: Path):
 def test_a_missing_seed_names_the_command(run: Path, tmp_path: Path):
     with pytest.raises(FocalError, match="no checkpoint of seed 9"):
         focal.load_policy(run, 9)
-    with pytest.raises(FocalError, match="is missing"):
+    with pytest.raises(FocalError, match=r"is no run's folder \(it has no settings\.json\)"):
         focal.load_policy(tmp_path)
 
 

@@ -219,7 +219,19 @@ def test_a_run_folder_refuses_another_run(whole: Path):
     changed = dataclasses.replace(resume_settings(), tau=0.5)
     with pytest.raises(
         FocalError,
-        match=r"settings\.tau=0\.005, this command asks for 0\.5.*another --name, or another folder: --runs OTHER",
+        match=r"has tau=0\.005, this command asks for 0\.5; use its own \(--set tau=0\.005\), another --name, or "
+        "another folder: --runs OTHER",
+    ):
+        train(whole, walk_data(), changed, 0, resume=True)
+    changed = dataclasses.replace(resume_settings(), encoder_hidden=(9, 9), tau=0.5)
+    widths = ",".join(map(str, resume_settings().encoder_hidden))
+    with pytest.raises(FocalError, match=rf"and 1 more; use its own \(--set encoder_hidden={widths}\)"):
+        train(whole, walk_data(), changed, 0, resume=True)
+    rule = dataclasses.replace(resume_settings().regularisation, kind="none", alpha=3.0)
+    changed = dataclasses.replace(resume_settings(), regularisation=rule)
+    with pytest.raises(
+        FocalError,
+        match=r"it has regularisation\.kind=",
     ):
         train(whole, walk_data(), changed, 0, resume=True)
     with pytest.raises(FocalError, match=r"content_hash=c0ffee"):
@@ -379,7 +391,7 @@ def test_damaged_last_checkpoint_names_the_file_and_the_way_out(whole: Path, tmp
 
 
 def test_missing_and_damaged_run_folders_say_so(tmp_path: Path, whole: Path):
-    with pytest.raises(FocalError, match=r"settings\.json is missing"):
+    with pytest.raises(FocalError, match=r"is no run's folder \(it has no settings\.json\)"):
         load_agent(tmp_path, 0)
     with pytest.raises(FocalError, match=r"no checkpoint of seed 9 \(folders: seed_0\)"):
         load_agent(whole, 9)

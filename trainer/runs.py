@@ -21,7 +21,7 @@ import torch
 
 from ..errors import FocalError, UsageError
 from ..files import write_json
-from ..settings import to_dict
+from ..settings import flatten, to_dict
 from .agent import Agent
 from .checkpoint import list_checkpoints, load_networks
 from .files import read_json
@@ -164,7 +164,7 @@ def _not_a_run(path: Path) -> FocalError:
     found = next((runs for folder in near if (runs := sorted(folder.glob("*/settings.json")))), [])
     there = ", ".join(str(run.parent) for run in found[:5]) + (", ..." if len(found) > 5 else "")
     what = f"{path} is no run's folder (it has no settings.json)" if path.exists() else f"no run at {path}"
-    return FocalError(f"{what}; " + (f"runs near it: {there}" if found else "train one: focal-cli train --data mixed"))
+    return FocalError(f"{what}; " + (f"name one of {there}" if found else "train one: focal-cli train --data mixed"))
 
 
 def seed_folder(run_dir: Path, seed: int) -> Path:
@@ -238,17 +238,24 @@ def _refuse_differences(path: Path, saved: dict[str, Any], found: dict[str, Any]
         first, was = names[0], _lookup(saved, names[0])
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         name = first.removeprefix("settings.")
-        own = {"quality": f"--data {was}", "settings": f"--set {name}={was}"}.get(first.split(".")[0], "its collection")
+        own = "its collection"
+        if first == "quality":
+            own = f"--data {was}"
+        elif first == "settings.algo":
+            own = f"--algo {was}"
+        elif first != name:
+            own = "--set " + shlex.quote(f"{name}={flatten(saved['settings']).get(name)}")
         raise FocalError(
             f"{path} is of another run: it has {name}={was}, this command asks for "
             f"{_lookup(found, first)}{more}; use its own ({own}), another --name, or another folder: --runs OTHER"
         )
 
 
-def _causes_first(name: str) -> int:
-    """Sort data before settings, and the observation transform, which follows from them, last."""
+def _causes_first(name: str) -> tuple[int, bool]:
+    """Sort data before settings, and the observation transform, which follows from them, last; of the settings first
+    those that others depend on."""
     causes = ("family", "quality", "content_hash", "task_indices", "settings", "observation_transform")
-    return causes.index(name.split(".")[0])
+    return causes.index(name.split(".")[0]), name.rpartition(".")[2] not in ("algo", "kind", "schedule", "adaptive")
 
 
 def _lookup(values: dict[str, Any], dotted: str) -> str:

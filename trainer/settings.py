@@ -5,7 +5,7 @@ The defaults are the paper's common values, or the released code's where the pap
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -180,16 +180,9 @@ class TrainSettings:
         """Raise `UsageError` for settings that are each fine and wrong together (`--set` changes one at a time)."""
 
     def idle(self) -> dict[str, str]:
-        """Return the settings that change nothing beside the others, each with the one that would let it act."""
+        """Return the settings that change nothing beside the others, each with the `--set` words that let it act."""
         names = ("kl_weight", "prior_std", "bounded") if self.encoder.kind == "deterministic" else ()
         return {f"encoder.{name}": "encoder.kind=probabilistic" for name in names}
-
-    def refuse_idle(self, chosen: Iterable[str]) -> None:
-        """Raise `UsageError` for the first of the `chosen` settings that changes nothing."""
-        idle = self.idle()
-        for name in chosen:
-            if name in idle:
-                raise UsageError(f"{name} has no effect here; leave it out, or --set {idle[name]}")
 
 
 @dataclass(frozen=True)
@@ -214,7 +207,8 @@ class ControlSettings(TrainSettings):
         divergence and one nat of entropy, reward_scale |r| + alpha + w, alpha with the value penalty only."""
         rule = self.regularisation
         penalty = (rule.alpha_max if rule.adaptive else rule.alpha) if rule.kind == "value-penalty" else 0.0
-        return self.reward_scale * largest_reward + penalty + self.entropy.weight
+        entropy = self.entropy.weight if self.entropy.enabled else 0.0
+        return self.reward_scale * largest_reward + penalty + entropy
 
     @property
     def limits_terminate(self) -> bool:
@@ -244,17 +238,19 @@ class ControlSettings(TrainSettings):
         self._check_effects()
 
     def idle(self) -> dict[str, str]:
-        """Return the settings that change nothing beside the others, each with the one that would let it act."""
+        """Return the settings that change nothing beside the others, each with the `--set` words that let it act."""
         rule, entropy, found = self.regularisation, self.entropy, super().idle()
         if not entropy.enabled:
             found |= dict.fromkeys(_named("entropy", entropy, but="enabled"), "entropy.enabled=true")
         elif not entropy.learnt:
             found |= dict.fromkeys(("entropy.target", "entropy.learning_rate"), "entropy.learnt=true")
+        regularised, adaptive = "regularisation.kind=policy", "regularisation.adaptive=true"
         if rule.kind == "none":
-            found |= dict.fromkeys(_named("regularisation", rule, but="kind"), "regularisation.kind=policy")
-        elif not rule.adaptive:
+            found |= dict.fromkeys(_named("regularisation", rule, but="kind"), regularised)
+        if rule.kind == "none" or not rule.adaptive:
+            words = adaptive if rule.kind != "none" else f"{regularised} {adaptive}"
             names = ("alpha_min", "alpha_max", "alpha_learning_rate", "target_divergence")
-            found |= {f"regularisation.{name}": "regularisation.adaptive=true" for name in names}
+            found |= {f"regularisation.{name}": words for name in names}
         return found
 
     def _check_effects(self) -> None:
@@ -348,7 +344,7 @@ class FocalSettings(ControlSettings):
         self._check_encoder()
 
     def idle(self) -> dict[str, str]:
-        """Return the settings that change nothing beside the others, each with the one that would let it act."""
+        """Return the settings that change nothing beside the others, each with the `--set` words that let it act."""
         found, distance = super().idle(), self.distance
         if distance.weight == 0:
             found |= dict.fromkeys(_named("distance", distance, but="weight"), "distance.weight=10")
@@ -356,9 +352,10 @@ class FocalSettings(ControlSettings):
             found |= {"distance.epsilon": "distance.form=paper"}
         elif distance.power > 0:
             found |= {"distance.epsilon": "distance.power=-2"}
+        first = "schedule=encoder-first"
         if self.schedule == "joint":
-            found |= {"encoder_steps": "schedule=encoder-first"}
-        if self.schedule == "joint" or self.encoder_after == "frozen":
+            found |= {"encoder_steps": first, "encoder_half_life": f"{first} encoder_steps=1500 encoder_after=decaying"}
+        elif self.encoder_after == "frozen":
             found |= {"encoder_half_life": "encoder_after=decaying"}
         return found
 
