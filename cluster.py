@@ -27,6 +27,7 @@ RESTARTS = 10  # of a job whose node or process died
 SCRIPT: Path | None = None
 """Whose families or methods were added (extend.py): a node runs it as worker processes do, before its first job."""
 POLL = 1.0  # seconds between looks at what the nodes do
+LAST_WORDS = 10.0  # seconds that a job which has ended waits for its last report to arrive, on a busy machine
 PATIENCE = 180.0  # seconds; a network file system keeps a dead node's locks up to 90, and old lists of names up to 60
 
 
@@ -182,7 +183,7 @@ def _on_node(work: Callable[[Any, Report], None], job: Any, place: _Place, mailb
         work(job, report)
     finally:
         if last:  # reports arrive in order, so all did when the last has
-            ray.wait(last, timeout=POLL)
+            ray.wait(last, timeout=LAST_WORDS)
 
 
 class _Mailbox:
