@@ -8,7 +8,7 @@ from focal.trainer.agent import augment
 from focal.trainer.batch_pearl import BatchPearl
 from focal.trainer.control import critic_loss, critic_targets
 from focal.trainer.methods import train_settings
-from focal.trainer.replay import TaskReplay, sample_joint_batch
+from focal.trainer.replay import MetaBatch, TaskReplay, sample_joint_batch
 from focal.trainer.transform import ObservationTransform
 
 from .trainer_toys import tiny_method, walk_data
@@ -80,3 +80,17 @@ def test_the_stronger_variant_has_focals_regularisation():
         assert plain.regularisation.kind == "none"
         assert plain.regularisation.alpha == focal.regularisation.alpha
         assert plain.encoder.kind == "probabilistic"
+
+
+@pytest.mark.parametrize(("kind", "steps", "fresh"), [("policy", 3, 2), ("policy", 1, 0), ("none", 3, 0)])
+def test_every_further_discriminator_step_gets_a_batch_of_its_own(
+    kind: str, steps: int, fresh: int, monkeypatch: pytest.MonkeyPatch
+):
+    method, _ = prepared(regularisation__kind=kind, regularisation__discriminator_steps=steps)
+    seen: list[MetaBatch] = []
+    update = method.update
+    monkeypatch.setattr(method, "update", lambda batch, draw: seen.append(batch) or update(batch, draw))
+    method.train_step(TaskReplay(walk_data().tasks, RAW, method.settings), 0, generator(1))
+    batches = [seen[0].transitions, *seen[0].discriminator]
+    assert len(batches) == 1 + fresh
+    assert len({tuple(one.rewards.flatten().tolist()) for one in batches}) == 1 + fresh

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from focal.trainer.replay import TaskReplay
 from focal.trainer.stacked import StackedMLP, of_tasks
 from focal.trainer.transform import ObservationTransform
 
-from .trainer_toys import scatter, tiny_method, walk_data
+from .trainer_toys import goal_at, scatter, tiny_method, walk_data
 
 RAW = ObservationTransform(2, (0, 1), (1.0, 1.0))
 
@@ -360,6 +361,34 @@ def test_batches_relabel_what_the_ensembles_are_sure_of():
             assert torch.allclose(batch.relabelled[i, j, :, 5:], follow, atol=1e-5)
             sure = (spread.squeeze(-1) < 0.05) & (follow_std.mean(dim=-1) < 0.2)
             assert batch.accepted[i, j].tolist() == (sure & (i != j)).tolist()
+
+
+def test_everything_drawn_for_a_task_comes_from_that_task():
+    """The reward of a walk is minus the distance to the task's goal, so that next observations say what it must be."""
+    method, replay = prepared(**VARYING)
+    goals = torch.tensor(np.stack([goal_at(np.pi * k / 3) for k in range(4)]), dtype=torch.float32)
+    for seed in range(5):
+        batch: MbmlBatch = method.sample(replay, generator(seed))
+        of_task = goals[batch.tasks].unsqueeze(1)  # (K, 1, 2)
+        for rewards, following in (
+            (batch.own[..., 4], batch.own[..., 5:]),
+            (batch.foreign[..., 4], batch.foreign[..., 5:]),
+            (batch.transitions.rewards, batch.transitions.next_observations),
+        ):
+            assert torch.allclose(rewards, -(following - of_task).norm(dim=-1), atol=1e-5)
+
+
+def test_foreign_transitions_are_drawn_from_the_whole_pool():
+    method, replay = prepared(teachers__pool=20)
+    pool = replay.context_at(method.predictions.steps)  # (M, 20, context_dim)
+    seen: list[set[int]] = [set() for _ in range(4)]
+    for seed in range(20):
+        batch: MbmlBatch = method.sample(replay, generator(seed))
+        for task, rows in zip(batch.tasks.tolist(), batch.foreign, strict=True):
+            found = (rows[:, None] == pool[task][None]).all(dim=-1)  # (N, 20)
+            assert found.any(dim=1).all()
+            seen[task] |= set(found.any(dim=0).nonzero().flatten().tolist())
+    assert seen == [set(range(20))] * 4
 
 
 def test_next_observations_stay_where_only_rewards_vary():

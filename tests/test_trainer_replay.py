@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from focal import FocalError, UsageError
-from focal.trainer.replay import TaskReplay, TrainingData, sample_meta_batch, training_transform
+from focal.trainer.replay import TaskReplay, TrainingData, sample_joint_batch, sample_meta_batch, training_transform
 from focal.trainer.transform import ObservationTransform, fit_transform
 
 from .trainer_toys import TINY, shifted, two_episodes, walk_data, with_settings
@@ -136,15 +136,20 @@ def test_meta_batch_holds_what_each_kind_of_step_needs():
     assert not sample_meta_batch(replay, TINY, generator(), encoder=True, control=True).discriminator
 
 
-def test_both_contexts_of_a_task_come_from_that_task():
+def test_everything_drawn_for_a_task_comes_from_that_task():
     data = TrainingData("toy", (0, 1), [two_episodes(), shifted(two_episodes(), 100)], 2, 1, None, "x")
-    settings = with_settings(context_size=3)
+    settings = with_settings(context_size=3, regularisation__kind="policy", regularisation__discriminator_steps=3)
     replay = TaskReplay(data.tasks, RAW, settings)
-    batch = sample_meta_batch(replay, settings, generator(3), encoder=True, control=True)
-    for draw in range(2):
-        assert ((batch.contexts[draw, :, :, 3] > 50).all(dim=1) == (batch.tasks == 1)).all()
-    assert batch.transitions is not None
-    assert ((batch.transitions.rewards > 50).all(dim=1) == (batch.tasks == 1)).all()
+    of_focal = sample_meta_batch(replay, settings, generator(3), encoder=True, control=True)
+    of_rivals = sample_joint_batch(replay, settings, generator(3), 2)
+    assert (len(of_focal.contexts), len(of_rivals.contexts)) == (2, 1)
+    for batch in (of_focal, of_rivals):
+        assert batch.transitions is not None
+        assert len(batch.discriminator) == 2
+        drawn = [one.rewards for one in (batch.transitions, *batch.discriminator)]
+        for rewards in (*batch.contexts[..., 3], *drawn):  # those of task 1 are above 100
+            assert torch.equal(rewards > 50, (batch.tasks == 1).unsqueeze(1).expand_as(rewards))
+        assert not torch.equal(drawn[0], drawn[1])
 
 
 def test_data_that_do_not_fit_are_refused():
