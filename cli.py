@@ -568,8 +568,7 @@ def train(
 ) -> None:  # fmt: skip
     """Meta-train on a collection's training tasks."""
     from .console import TrainBars
-    from .experiment import TrainRequest, choose_collection, plan_run, train_planned
-    from .settings import parse_assignments
+    from .experiment import TrainRequest, choose_collection, idle_settings, plan_run, train_planned
 
     first, named = seed or 0, seed is not None or seeds is not None
     request = TrainRequest(
@@ -578,8 +577,8 @@ def train(
         name=name, resume=resume, workers=workers or 0, cache=cache, device=device, algo=algo,
     )  # fmt: skip
     planned = plan_run(request)
-    for setting in [name for name in parse_assignments(assignments) if name in planned.settings.idle()]:
-        click.echo(f"note: {setting} has no effect here, with {planned.settings.idle()[setting]} it would", err=True)
+    for line in idle_settings(planned, assignments):
+        click.echo(f"note: {line}", err=True)
     with TrainBars() as bars:
         train_planned([planned], request.workers, bars)
     run = planned.run_dir
@@ -712,11 +711,15 @@ def compare(
         ray=ray,
     )  # fmt: skip
     request = CompareRequest(train, methods, stores, protocol, episodes, test_seed, name, context_size, unit)
+
+    def note(line: str) -> None:
+        click.echo(f"note: {line}", err=True)
+
     if as_json:
-        compared = compare(request)
+        compared = compare(request, note=note)
     else:
         with TrainBars() as bars:
-            compared = compare(request, bars)
+            compared = compare(request, bars, note)
     _print_result(compared.to_json(), as_json, lambda: print_comparison(compared))
     for file in compared.files:
         click.echo(f"saved {file}", err=as_json)

@@ -7,7 +7,7 @@ RUNS/comparisons/NAME/      comparison-PROTOCOL.json, .md and .csv (-SIZE-UNIT w
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,17 @@ from .evaluation import (
 from .evaluation.metatest import EXPERT, RIGHT, UNTRAINED, WRONG, ZERO, MetaTestResult
 from .evaluation.run_figures import logged, name_context_sizes, return_name
 from .evaluation.tables import write_table
-from .experiment import PlannedRun, RunTest, TrainProgress, TrainRequest, plan_run, raise_failure, test_run, train_jobs
+from .experiment import (
+    PlannedRun,
+    RunTest,
+    TrainProgress,
+    TrainRequest,
+    idle_settings,
+    plan_run,
+    raise_failure,
+    test_run,
+    train_jobs,
+)
 from .files import write_json
 from .provenance import provenance
 from .settings import field_names, override, parse_assignments, to_dict
@@ -196,18 +206,24 @@ class Comparison:
         }
 
 
-def compare(request: CompareRequest, progress: TrainProgress | None = None) -> Comparison:
+def compare(
+    request: CompareRequest, progress: TrainProgress | None = None, note: Callable[[str], None] | None = None
+) -> Comparison:
     """Train what is missing of every method, continue what was cut, test all, and write table and curves.
 
-    A method whose values diverge is named beside the table of the others. Raises `UsageError` for a method or a setting
-    that does not exist before anything is trained, `FocalError` where every method diverged, and as `train_run` and
-    `test_run` do.
+    `note` is told, before anything is trained, which settings asked for have no effect in which method. A method whose
+    values diverge is named beside the table of the others. Raises `UsageError` for a method or a setting that does not
+    exist before anything is trained, `FocalError` where every method diverged, and as `train_run` and `test_run` do.
     """
     collection = open_collection(request.train.collection)
     context_source(request.protocol, request.unit, request.context_size, 1)  # refuses what does not go together
     scale = request.train.scale or collection.scale
     name = request.name or comparison_name(collection.family, request.train.quality, scale)
     planned = _plan(request, name, collection.family, scale)
+    if note:
+        for algo, assignments in split_assignments(request.train.assignments, request.algos).items():
+            for line in idle_settings(planned[algo], assignments):
+                note(f"{algo}: {line}")
     size = _context_size(request, planned)
     _refuse_impossible_test(request, collection, size)  # now, not when all are trained
     failures = train_jobs(list(planned.values()), request.train.workers, progress, request.train.ray)

@@ -435,6 +435,13 @@ def choose_device(name: str) -> str:
     return "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
 
 
+def idle_settings(planned: PlannedRun, assignments: Sequence[str]) -> list[str]:
+    """Return a line for each of `--set` words that changes nothing beside the run's other settings."""
+    idle = planned.settings.idle()
+    names = [name for name in parse_assignments(assignments) if name in idle]
+    return [f"{name} has no effect here, with {idle[name]} it would" for name in names]
+
+
 def resume_command(run_dir: Path, source: RunSource) -> str:
     """The command that continues a run with its own settings and seeds."""
     words = ["focal-cli", "train", "--collection", source.collection_path, "--data", source.quality]

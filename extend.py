@@ -17,7 +17,8 @@ import gymnasium
 from . import cluster
 from .datagen import settings as stage_one
 from .envs import FAMILIES, TaskFamily
-from .errors import UsageError
+from .errors import UsageError, did_you_mean
+from .settings import field_names
 from .trainer import settings as stage_two
 from .trainer.methods import METHODS, Method
 
@@ -32,8 +33,15 @@ def add_family(
 
     `generate` holds what stage one does otherwise than its defaults, by nested names (`{"sac": {"total_steps": 9}}`),
     `train` what FOCAL does, as dotted ones (`{"latent_dim": 5}`); both at every scale, under what makes smoke short.
-    Raises `UsageError` when name, alias or environment id are taken.
+    MBML relabels next observations, too, where the family's transitions vary and its contexts hold them. Raises
+    `UsageError` when name, alias or environment id are taken, or when no method has a setting that `train` names;
+    methods of your own are added first.
     """
+    train = {"discount": family.discount, **(train or {})}
+    known = {name for method in METHODS.values() for name in field_names(method.settings)}
+    for name in train:
+        if name not in known:
+            raise UsageError(f"train names '{name}', which no method has; {did_you_mean(name, known)}")
     for other in FAMILIES.values():
         taken = {other.name, other.alias, other.env_id} & {family.name, family.alias, family.env_id}
         if taken:
@@ -44,7 +52,9 @@ def add_family(
     generate = dict(generate or {})
     sac = {"discount": family.discount, **generate.pop("sac", {})}
     stage_one.add_family(family.name, {"n_train": family.n_train, "n_test": family.n_test, "sac": sac, **generate})
-    stage_two.add_family(family.name, {"discount": family.discount, **(train or {})})
+    if family.varies == "transitions" and train.get("next_observation_in_context"):
+        train = {"transitions_vary": True, **train}  # MBML's
+    stage_two.add_family(family.name, train)
 
 
 def add_method(name: str, method: Method) -> None:

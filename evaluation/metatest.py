@@ -257,9 +257,10 @@ def meta_test(
 ) -> MetaTestResult:
     """Test `agent` on `tasks` beside all controls; `untrained` is the same method before training.
 
-    Every episode has a context of its own, from `source`, and all conditions play the same episode seeds. The wrong
-    context is that of the task half-way round the ordered list; there is none where there is no other task, or where
-    the result is of the episodes that gathered the context.
+    Every episode has a context of its own, from `source`. All conditions play the same episode seeds, but for a result
+    that is of the episodes that gathered the context (protocol mbml), which have seeds of their own. The wrong context
+    is that of the task half-way round the ordered list; there is none where there is no other task, or for such a
+    result.
     """
     count = len(tasks.entries)
     envs = make_batch(tasks.family, [entry.record.params for entry in tasks.entries for _ in range(episodes)])

@@ -134,6 +134,9 @@ def test_compare_trains_what_is_missing_once_and_tests_alike(folders, monkeypatc
     runs = folders[3]
     first = {path: path.stat().st_mtime_ns for path in (runs / "point-mixed-smoke-mbml").rglob("state.*")}
     first |= {path: path.stat().st_mtime_ns for path in (runs / "teachers").rglob("*.safetensors")}
+    note = "note: batch-pearl: regularisation.alpha has no effect here, with regularisation.kind=policy it would"
+    asked = [*command, "--algos", "batch-pearl", "--name", "other", "--set", "regularisation.alpha=7"]
+    assert note in CliRunner().invoke(main, [str(word) for word in asked]).stderr.splitlines()
     both = json.loads(cli(*command, "--algos", "batch-pearl,mbml"))
     assert {path: path.stat().st_mtime_ns for path in first} == first
     assert {row["method"] for row in both["methods"]} == {"batch-pearl", "mbml"}

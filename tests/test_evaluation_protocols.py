@@ -281,6 +281,19 @@ def test_mbmls_protocol_starts_from_the_prior_and_reports_the_last_three(tasks):
     assert isinstance(context_source("mbml", None, 3, 8), MbmlOnline)
 
 
+def test_mbmls_protocol_plays_episodes_of_their_own_in_every_round(tasks, envs, monkeypatch):
+    seeds = []
+
+    def play(envs, agent, embeddings, chosen, generator=None):
+        seeds.extend(chosen)
+        return play_agent(envs, agent, embeddings, chosen, generator)
+
+    monkeypatch.setattr("focal.evaluation.protocols.play_agent", play)
+    MbmlOnline(5).gather(Sampler(), tasks, envs, seed=0)
+    assert len(set(seeds)) == len(seeds) == 5 * TASKS * EPISODES
+    assert not set(seeds) & set(episode_seeds(0, TASKS * EPISODES)), "nor are they those of the other conditions"
+
+
 def test_online_embeds_everything_gathered_so_far(tasks, envs):
     class Explorer(Recorder):
         told, resets = [], []

@@ -13,6 +13,7 @@ import pytest
 from focal import UsageError, cluster, extend
 from focal.datagen import generate_settings
 from focal.envs import FAMILIES, EnvironmentFailure, get_family, make_batch, rollout
+from focal.settings import SCALES
 from focal.trainer import settings as stage_two
 from focal.trainer.methods import METHODS, train_settings
 
@@ -50,6 +51,19 @@ def test_a_family_is_found_drawn_and_has_settings_at_every_scale(examples):
     assert train_settings(family.name, "laptop").latent_dim == 5
     assert train_settings(family.name, "laptop").discount == 0.9
     assert train_settings(family.name, "smoke", "context-clone").steps == 60
+
+
+def test_mbml_relabels_next_observations_where_transitions_vary(examples):
+    for scale in SCALES:
+        assert train_settings("rotated-point-robot", scale, "mbml").transitions_vary
+        assert not hasattr(train_settings("rotated-point-robot", scale), "transitions_vary")
+
+
+def test_a_setting_that_no_method_has_is_refused(examples):
+    family = replace(FAMILIES["rotated-point-robot"], name="other", alias="other", env_id="Other-v0")
+    with pytest.raises(UsageError, match=r"'latent_dimm'.*did you mean 'latent_dim'"):
+        extend.add_family(family, object, train={"latent_dimm": 7})
+    assert "other" not in FAMILIES
 
 
 def test_stage_one_takes_the_discount_it_is_given(examples, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from focal import UsageError
 from focal.trainer.agent import augment
 from focal.trainer.batch_pearl import BatchPearl
 from focal.trainer.control import critic_loss, critic_targets
@@ -64,10 +65,19 @@ def test_the_encoders_gradient_is_that_of_critic_loss_and_kl_through_one_graph(k
 
 
 def test_without_the_bellman_error_only_the_kl_moves_the_encoder():
-    """D1, the released code: with a KL weight of 0 the encoder would stand still."""
-    method, batch = prepared(released__discard_bellman=True, encoder__kl_weight=0.0)
+    """D1, the released code."""
+    method, batch = prepared(released__discard_bellman=True, encoder__kl_weight=0.7)
+    kl = method.agent.encoder.infer(batch.contexts[0], generator(2))[1]
+    expected = torch.autograd.grad(0.7 * kl.sum(), list(method.agent.encoder.parameters()))
     method.update(batch, generator(2))
-    assert all(gradient.abs().sum() == 0 for gradient in encoder_gradients(method))
+    for ours, theirs in zip(encoder_gradients(method), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("changes", [{"encoder__kl_weight": 0.0}, {"encoder__kind": "deterministic"}])
+def test_an_encoder_that_would_learn_from_nothing_is_refused(changes: dict):
+    with pytest.raises(UsageError, match=r"--set encoder\.kind=probabilistic --set encoder\.kl_weight=0\.1"):
+        tiny_method("batch-pearl", released__discard_bellman=True, **changes)
 
 
 def test_the_stronger_variant_has_focals_regularisation():

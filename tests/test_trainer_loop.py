@@ -264,7 +264,7 @@ def test_diverging_values_stop_with_the_bound_and_keep_the_last_good_checkpoint(
     message = (
         r"values diverge: critic/value_largest is [\d.]+ at step \d+, above the bound 6; the last good checkpoint "
     )
-    remedy = "with --set regularisation.kind=value-penalty, smaller steps, or --set value_limit=NUMBER$"
+    remedy = "with --set regularisation.kind=value-penalty, smaller steps, .* or --set value_limit=NUMBER$"
     with pytest.raises(FocalError, match=message + rf"is .*step_0000\d+; .*{remedy}"):
         train(tmp_path / "run", walk_data(), settings, 0)
     load_agent(tmp_path / "run", 0)
@@ -276,9 +276,9 @@ def test_diverging_values_stop_with_the_bound_and_keep_the_last_good_checkpoint(
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [
-        (variant("value penalty"), "with another --set regularisation.alpha=NUMBER, smaller steps, or --set value_"),
-        (variant("policy"), "with --set regularisation.kind=value-penalty, smaller steps, or --set value_"),
-        (tiny_method("contextual-bcq"), "--name with smaller steps, or --set value_"),
+        (variant("value penalty"), "with another --set regularisation.alpha=NUMBER, smaller steps, .* or --set value_"),
+        (variant("policy"), "with --set regularisation.kind=value-penalty, smaller steps, .* or --set value_"),
+        (tiny_method("contextual-bcq"), "--name with smaller steps, .* or --set value_"),
     ],
 )
 def test_the_remedy_for_diverging_values_is_one_that_the_run_has_not_got(settings, remedy: str, tmp_path: Path):

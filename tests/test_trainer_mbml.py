@@ -446,13 +446,13 @@ def test_each_optimiser_moves_only_its_own_network(name: str, monkeypatch: pytes
 
 
 def test_triplet_kl_and_value_regression_reach_the_encoder_and_nothing_else_does():
-    method, replay = prepared()
+    method, replay = prepared(encoder__prior_std=0.5)
     batch = method.sample(replay, generator(5))
     assert batch.accepted.any()
     method.update(batch, generator(6))
     found = [parameter.grad for parameter in method.agent.encoder.parameters()]
 
-    fresh, _ = prepared()
+    fresh, _ = prepared(encoder__prior_std=0.5)
     encoder, settings, draw = fresh.agent.encoder, fresh.settings, generator(6)
     own, relabelled, foreign = (encoder.factors(rows) for rows in (batch.own, batch.relabelled, batch.foreign))
     posteriors = pair_posteriors(own, relabelled, foreign, batch.accepted)
@@ -464,7 +464,7 @@ def test_triplet_kl_and_value_regression_reach_the_encoder_and_nothing_else_does
     targets = fresh.teachers.distillation_targets(batch.tasks, data.observations, data.actions, noise)
     states = torch.cat([data.observations, embeddings.unsqueeze(1).expand(-1, 8, -1)], dim=-1)
     value_loss = (fresh.agent.critic(states, data.actions) - targets.values).square().mean()
-    kl = 0.5 * (variance + mean.square() - 1 - variance.log()).sum()
+    kl = 0.5 * (4 * (variance + mean.square()) - 1 - (4 * variance).log()).sum()  # prior variance 1/4
     terms = {"triplet": triplet, "kl": settings.encoder.kl_weight * kl, "value": value_loss}
     parameters = list(encoder.parameters())
     parts = [torch.autograd.grad(term, parameters, retain_graph=True) for term in terms.values()]

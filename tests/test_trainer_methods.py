@@ -4,12 +4,15 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from focal import FocalError, UsageError
+from focal.errors import DivergedError
 from focal.settings import SCALES, from_dict, to_dict
 from focal.trainer.agent import Agent
 from focal.trainer.checkpoint import list_checkpoints
@@ -222,6 +225,47 @@ def test_an_interrupted_first_stage_ends_as_if_it_never_was(tmp_path: Path):
     stage(tmp_path / "cut")[1]()
     for name in ("predictions.safetensors", "checkpoints/step_000000030/state.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("teachers__learning_rate", "--set teachers.learning_rate=1e+29"),
+        ("teachers__rewards__learning_rate", "--set teachers.rewards.learning_rate=1e+29"),
+        ("teachers__transitions__learning_rate", "--set teachers.transitions.learning_rate=1e+29"),
+    ],
+)
+def test_a_first_stage_that_diverges_names_the_learning_rate_that_did_it(name: str, remedy: str, tmp_path: Path):
+    vary = {"transitions_vary": True, "next_observation_in_context": True}
+    _, make = stage(tmp_path, tiny_method("mbml", **vary, **{name: 1e30}))
+    found = rf"the first stage of MBML: .* under another --name with {re.escape(remedy)}$"
+    with pytest.raises(DivergedError, match=found):
+        make()
+    smaller = remedy.removeprefix("--set ").partition("=")[0].replace(".", "__")
+    folder, make = stage(tmp_path, tiny_method("mbml", **vary, **{smaller: 1e-3}))  # what it says, and more of it
+    make()
+    assert is_trained(folder, 30)
+
+
+def test_a_first_stage_beyond_its_bound_names_both_ways_out(tmp_path: Path):
+    _, make = stage(tmp_path, tiny_method("mbml", value_limit=1e-9))
+    with pytest.raises(DivergedError, match=r"with --set teachers\.learning_rate=\S+, or --set value_limit=NUMBER$"):
+        make()
+
+
+def test_acceptance_is_judged_in_raw_units(tmp_path: Path):
+    """Observations are scaled here, so that members disagree by more in raw units than in scaled ones."""
+    data = walk_data()
+    wide = [dataclasses.replace(task, observations=task.observations * np.float32([1, 50])) for task in data.tasks]
+    settings = tiny_method("mbml", transitions_vary=True, next_observation_in_context=True)
+    data = dataclasses.replace(data, tasks=wide)
+    run = describe_run(data, settings, RunSource())
+    replay = TaskReplay(data.tasks, run.transform, settings)
+    teachers, found = first_stage(tmp_path, run, data, replay)
+    pool, scale = replay.batch_at(found.steps), torch.tensor(run.transform.scale)
+    assert scale[1] > 10
+    spread = teachers.transitions.predict(1, pool.observations[2], pool.actions[2])[1]
+    assert torch.allclose(found.next_observation_std[1, 2], (spread * scale).mean(dim=-1), rtol=1e-4)
 
 
 def test_damaged_predictions_name_the_way_out_which_works(tmp_path: Path):

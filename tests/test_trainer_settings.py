@@ -168,6 +168,13 @@ def test_settings_that_change_nothing(family, assignments, idle):
     assert idle <= set(override(train_settings(family, "laptop"), assignments).idle())
 
 
+def test_what_mbml_relabels_no_next_observations_with_is_idle():
+    idle = set(train_settings("half-cheetah-vel", "laptop", "mbml").idle())
+    assert {"relabel.next_observation_std", "teachers.transitions.members", "teachers.transitions.steps"} <= idle
+    assert not {"relabel.reward_std", "teachers.rewards.steps", "teachers.steps"} & idle
+    assert not train_settings("walker-2d-params", "laptop", "mbml").idle()
+
+
 def test_what_batch_pearl_does_not_regularise_with_is_idle():
     settings = train_settings("half-cheetah-vel", "laptop", "batch-pearl")
     assert {"regularisation.alpha", "regularisation.divergence"} <= set(settings.idle())

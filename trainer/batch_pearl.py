@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from ..settings import Scale
 from .agent import new_policy_agent
 from .control import ActorCritic
@@ -26,6 +27,15 @@ class BatchPearlSettings(ControlSettings):
 
     algo: Literal["batch-pearl"] = "batch-pearl"
     encoder: EncoderSettings = field(default_factory=lambda: EncoderSettings(kind="probabilistic"))
+
+    def check(self) -> None:
+        """Raise `UsageError` for settings that are each fine and wrong together."""
+        super().check()
+        learns_from_kl = self.encoder.kind == "probabilistic" and self.encoder.kl_weight > 0
+        if self.released.discard_bellman and not learns_from_kl:
+            raise UsageError("released.discard_bellman=true leaves the encoder nothing to learn from but the KL, found "
+                             f"encoder.kind={self.encoder.kind} with encoder.kl_weight={self.encoder.kl_weight:g}; "
+                             "--set encoder.kind=probabilistic --set encoder.kl_weight=0.1")  # fmt: skip
 
 
 # Differences of a scale from what settings.py has for the family, whose rule of regularisation is FOCAL's.

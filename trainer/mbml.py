@@ -8,7 +8,7 @@ the task embedding, are distilled from the teachers.
 K tasks, B transitions per task, N context transitions, L latent size, M tasks of the first stage, P pool.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -79,6 +79,16 @@ class MbmlSettings(TrainSettings):
             raise UsageError("transitions_vary=true has no effect without next observations in the context; "
                              "--set next_observation_in_context=true")  # fmt: skip
 
+    def idle(self) -> dict[str, str]:
+        """Return the settings that change nothing beside the others, each with the `--set` words that let it act."""
+        if self.transitions_vary:
+            return super().idle()
+        ensemble = [f"teachers.transitions.{field.name}" for field in fields(self.teachers.transitions)]
+        seen = "" if self.next_observation_in_context else "next_observation_in_context=true "
+        return super().idle() | dict.fromkeys(
+            ("relabel.next_observation_std", *ensemble), f"{seen}transitions_vary=true"
+        )
+
 
 def _widths(group: str, width: int, layers: int, *names: str) -> dict[str, Any]:
     return {f"{group}.{name}": (width,) * layers for name in names}
@@ -136,7 +146,9 @@ class Mbml:
     other tasks come from a pool of P per task, which the ensembles, whose weights are fixed, predict once and not anew
     in every step; pairs of tasks without an accepted transition are left out of the triplet loss, not counted with the
     constant margin (D19); acting decodes every state from the same candidates' noise; the KL weighs less where action
-    values are small: the point robots', and all at laptop scale.
+    values are small: the point robots', and all at laptop scale. As with Contextual BCQ, context and transitions are
+    independent draws, not disjoint ones; context rows hold the next observation only in families whose FOCAL runs have
+    it; latent size and discount are the family's. The ensembles learn and predict scaled observations.
     """
 
     def __init__(

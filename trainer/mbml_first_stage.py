@@ -61,7 +61,7 @@ def first_stage(
             seeded_generator(seed, _INITIAL),
             replay.device,
         )
-        training = Training(
+        training = _TeachersTraining(
             folder,
             "the first stage of MBML",
             teachers,
@@ -77,6 +77,19 @@ def first_stage(
         else:
             training.run_from(training.resume(), progress)
         return teachers, _predictions(folder, teachers, run, replay, seed)
+
+
+class _TeachersTraining(Training):
+    """The first stage under way; the learning rates of its networks are settings of their own."""
+
+    def smaller_steps(self, metric: str) -> str:
+        """Name the learning rate of the ensemble that `metric` is of, or of BCQ, a tenth of what it was."""
+        assert isinstance(self.learner, Teachers)
+        settings, group = self.learner.settings, metric.partition("/")[0]
+        ensembles = {"rewards": settings.rewards, "transitions": settings.transitions}
+        if group in ensembles:
+            return f"--set teachers.{group}.learning_rate={ensembles[group].learning_rate / 10:g}"
+        return f"--set teachers.learning_rate={settings.learning_rate / 10:g}"
 
 
 def teachers_folder(runs: Path, run: Run, data: TrainingData) -> Path:

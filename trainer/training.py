@@ -91,6 +91,10 @@ class Training:
         """Say what else than smaller steps holds values down, ending with a comma; here nothing."""
         return ""
 
+    def smaller_steps(self, metric: str) -> str:
+        """Say which settings make the steps smaller of what `metric` is logged for."""
+        return SMALLER_STEPS
+
     def after_step(self, step: int, phase: str, journal: Journal) -> None:
         """Do what comes after a step and before its checkpoint; here nothing."""
 
@@ -108,10 +112,10 @@ class Training:
         for name, value in numbers.items():
             if not math.isfinite(value):
                 found = f"{name} became {value} at step {step}"
-                remedy = f"with {SMALLER_STEPS}"
+                remedy = f"with {self.smaller_steps(name)}"
             elif name == "critic/value_largest" and value > self.value_bound:
                 found = f"values diverge: {name} is {value:.3g} at step {step}, above the bound {self.value_bound:.3g}"
-                remedy = f"with {self.advice()}smaller steps, or --set value_limit=NUMBER"
+                remedy = f"with {self.advice()}{self.smaller_steps(name)}, or --set value_limit=NUMBER"
             else:
                 continue
             # a value that is not finite is told by the message alone: JSON has no word for it
