@@ -83,7 +83,7 @@ class MbmlSettings(TrainSettings):
         """Return the settings that change nothing beside the others, each with the `--set` words that let it act."""
         if self.transitions_vary:
             return super().idle()
-        ensemble = [f"teachers.transitions.{field.name}" for field in fields(self.teachers.transitions)]
+        ensemble = [f"teachers.transitions.{one.name}" for one in fields(self.teachers.transitions)]
         seen = "" if self.next_observation_in_context else "next_observation_in_context=true "
         return super().idle() | dict.fromkeys(
             ("relabel.next_observation_std", *ensemble), f"{seen}transitions_vary=true"

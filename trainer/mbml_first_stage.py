@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class _TeachersTraining(Training):
     def smaller_steps(self, metric: str) -> str:
         """Name the learning rate of the ensemble that `metric` is of, or of BCQ, a tenth of what it was."""
         assert isinstance(self.learner, Teachers)
-        settings, group = self.learner.settings, metric.partition("/")[0]
+        settings, group = self.learner.settings, re.split("[ /]", metric)[0]  # "rewards/loss", "rewards weights"
         ensembles = {"rewards": settings.rewards, "transitions": settings.transitions}
         if group in ensembles:
             return f"--set teachers.{group}.learning_rate={ensembles[group].learning_rate / 10:g}"
