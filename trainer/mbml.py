@@ -100,9 +100,9 @@ _TEACHER = "bcq.critic_hidden", "bcq.vae_hidden", "bcq.perturbation_hidden", "tr
 # Differences of a scale, and of families, from what settings.py has for the family, whose KL weight is Batch PEARL's.
 _KL: dict[str, Any] = {"encoder.kl_weight": 0.1}
 # 0.1 is described for values of MuJoCo families after 100,000 steps. The point robots' are below 10, those of laptop's
-# few steps 4 in the mean on half-cheetah-vel, 38 on walker-2d-params: what embeddings save of their mean squared error
-# is worth less than 0.1 of the KL, a sum over tasks, so posteriors ended at the prior (docs/results.md) and MBML did not
-# know the task, of walkers at least not better. Assumed of the other families.
+# few steps 4 in size on half-cheetah-vel, 38 on walker-2d-params: what embeddings save of their mean squared error is
+# worth less than 0.1 of the KL, a sum over tasks, so posteriors ended at the prior (docs/results.md). Assumed of the
+# other families.
 _SMALL_VALUES: dict[str, Any] = {"encoder.kl_weight": 1e-3}
 SCALES: dict[Scale, dict[str, Any]] = {
     "paper": {**_KL, "context_size": 64, "steps": 100_000},
