@@ -23,7 +23,7 @@ from focal.trainer.journal import WALL_CLOCK, read_rows
 from focal.trainer.loop import RunSource, load_agent, train
 from focal.trainer.replay import TaskReplay
 from focal.trainer.runs import load_untrained_agent, read_run
-from focal.trainer.training import only_process
+from focal.trainer.training import SMALLER_STEPS, only_process
 
 from .trainer_toys import (
     TINY,
@@ -264,7 +264,7 @@ def test_diverging_values_stop_with_the_bound_and_keep_the_last_good_checkpoint(
     message = (
         r"values diverge: critic/value_largest is [\d.]+ at step \d+, above the bound 6; the last good checkpoint "
     )
-    remedy = "with --set regularisation.kind=value-penalty, smaller steps, .* or --set value_limit=NUMBER$"
+    remedy = f"with --set regularisation.kind=value-penalty, {SMALLER_STEPS}, or --set value_limit=NUMBER$"
     with pytest.raises(FocalError, match=message + rf"is .*step_0000\d+; .*{remedy}"):
         train(tmp_path / "run", walk_data(), settings, 0)
     load_agent(tmp_path / "run", 0)
@@ -276,9 +276,9 @@ def test_diverging_values_stop_with_the_bound_and_keep_the_last_good_checkpoint(
 @pytest.mark.parametrize(
     ("settings", "remedy"),
     [
-        (variant("value penalty"), "with another --set regularisation.alpha=NUMBER, smaller steps, .* or --set value_"),
-        (variant("policy"), "with --set regularisation.kind=value-penalty, smaller steps, .* or --set value_"),
-        (tiny_method("contextual-bcq"), "--name with smaller steps, .* or --set value_"),
+        (variant("value penalty"), f"with another --set regularisation.alpha=NUMBER, {SMALLER_STEPS}, or --set value_"),
+        (variant("policy"), f"with --set regularisation.kind=value-penalty, {SMALLER_STEPS}, or --set value_"),
+        (tiny_method("contextual-bcq"), f"--name with {SMALLER_STEPS}, or --set value_"),
     ],
 )
 def test_the_remedy_for_diverging_values_is_one_that_the_run_has_not_got(settings, remedy: str, tmp_path: Path):
